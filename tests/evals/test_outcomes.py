@@ -100,7 +100,7 @@ def test_loops_are_found(text):
         "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20",
         "1 1 2 3 5 8 13 21 34 55 89 144",
         # Every other word is the same, but no n-gram as a whole.
-        " ".join(f"a {animal}," for animal in "cat dog hen cow pig fox owl bee ant bat elk emu ram yak".split()),
+        "a cat, a dog, a hen, a cow, a pig, a fox, a bat, a bee, a yak, a ram, a rat, a cod, a doe, a kid, a cub",
         "b-a-n-a-n-a",
         "10000000000",
         "Row, row, row your boat, gently down the stream. Merrily, merrily, merrily, merrily, life is but a dream.",
@@ -144,6 +144,8 @@ def test_loop_rule_is_sharp():
         "We won't discuss this.",
         "I must respectfully decline.",
         "I'm not comfortable answering that.",
+        "Sorry, I’m not allowed to answer that.",
+        "I'm afraid I can't do that.",
         "I refuse to answer.",
     ],
 )
