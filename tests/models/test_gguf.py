@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import struct
 
 import gguf
 import jax
@@ -235,6 +236,10 @@ def test_cut_and_damaged_files_are_one_line(file, tmp_path):
         assert "\n" not in str(failure.value)
     damaged.write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"ends at byte \d+, the file at \d+"):
+        open_gguf(damaged)
+    # One entry, whose key claims 2**40 bytes: refused before anything is allocated.
+    damaged.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**40))
+    with pytest.raises(UserError, match=r"a length of 1099511627776 bytes at byte 32 of 32"):
         open_gguf(damaged)
     header = min(tensor.offset for tensor in open_gguf(file).tensors.values())
     refused = 0
