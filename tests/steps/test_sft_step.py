@@ -231,3 +231,16 @@ def test_layouts_of_the_state_convert_without_loss(tiny_config):
     assert jax.tree.structure(back) == jax.tree.structure(state)
     assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state)))
     assert len(unstack_layers(state["params"])["layers"]) == 3
+
+
+def test_mixed_precision_keeps_float32_parameters_and_moments(tiny_config, rows):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        spec = ModelSpec(tiny_config, dtype=dtype)
+        state, metrics = sft_step(
+            spec, init_state(spec, jax.random.key(0)), batch_of(rows, 1, 4), hparams(), jax.random.key(0)
+        )
+        assert {x.dtype for x in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
+        losses[dtype] = float(metrics["loss"])
+    assert losses["bfloat16"] != losses["float32"]  # it really computes in another precision
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.02)
