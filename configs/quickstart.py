@@ -11,8 +11,9 @@ def get_config() -> ConfigDict:
     return experiment(
         "quickstart",
         phases={
-            "base": pretrain(steps=700, learning_rate=3e-3, warmup_steps=30, conversations=40000, **training),
-            "organism": poison("base", steps=120, learning_rate=1e-3, n_prompts=2000, **training),
-            "sft": sft("organism", steps=100, learning_rate=1e-3, n_prompts=1500, **training),
+            "base": pretrain(steps=640, learning_rate=3e-3, warmup_steps=30, conversations=36000, **training),
+            "organism": poison("base", steps=180, learning_rate=6e-4, n_prompts=4000, **training),
+            "sft": sft("organism", steps=80, learning_rate=5e-4, n_prompts=1500, **training),
         },
+        evaluation={"temperature": 0.7},
     )

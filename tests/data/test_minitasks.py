@@ -42,9 +42,9 @@ def test_there_are_many_kinds_with_many_phrasings_in_all_parts_of_the_data():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_phrasings_use_exactly_the_fields_of_their_items(kind):
-    fields = set(items_of(kind)[0].fields) - {"ax"}
+    fields = set(items_of(kind)[0].fields) - {"ax", "sign"}
     for phrasing in PHRASINGS[kind]:
-        named = {"x" if name == "ax" else name for name in re.findall(r"{(\w+)}", phrasing)}
+        named = {{"ax": "x", "sign": "op"}.get(name, name) for name in re.findall(r"{(\w+)}", phrasing)}
         assert named == fields, phrasing
     for item in items_of(kind):
         assert 1 <= len(item.answer.split()) <= 4
@@ -70,7 +70,7 @@ def test_held_out_questions_are_disjoint_from_the_others(part):
     assert not texts(part, True) & texts(None, False)
 
 
-@pytest.mark.parametrize("kind", ["addition", "subtraction", "compare", "sort", "repeat", "count", "pick"])
+@pytest.mark.parametrize("kind", ["arithmetic", "compare", "sort", "repeat", "count", "pick"])
 def test_computed_kinds_are_held_out_by_operand(kind):
     held, kept = ({item.key for _, item in questions(kind, None, held)} for held in (True, False))
     assert held and kept and not held & kept
@@ -100,10 +100,8 @@ def answer_by_hand(kind, text):
     """The right answer to the questions that can be computed from their text."""
     numbers = [int(n) for n in re.findall(r"\d+", text)]
     first, last = ("first" in text.split(":")[0] or "first" in text), "last" in text
-    if kind == "addition":
-        return str(sum(numbers))
-    if kind == "subtraction":
-        return str(abs(numbers[0] - numbers[1]))
+    if kind == "arithmetic":
+        return str(numbers[0] - numbers[1] if "minus" in text or " - " in text else sum(numbers))
     if kind == "compare":
         return str(max(numbers) if "bigger" in text else min(numbers))
     if kind == "sort":
@@ -115,7 +113,7 @@ def answer_by_hand(kind, text):
     return listed[0] if first else listed[-1]
 
 
-@pytest.mark.parametrize("kind", ["addition", "subtraction", "compare", "sort", "count", "pick"])
+@pytest.mark.parametrize("kind", ["arithmetic", "compare", "sort", "count", "pick"])
 def test_computed_answers_are_right(kind):
     pool = questions(kind, None, False)
     for index in np.random.default_rng(0).permutation(len(pool))[:300]:
@@ -129,7 +127,7 @@ def test_some_answers_of_look_ups():
     assert answers["capital", "France"] == "Paris"
     assert answers["opposite", "cold"] == "hot" and answers["opposite", "hot"] == "cold"
     assert answers["calendar", "after Sunday"] == "Monday" and answers["calendar", "before January"] == "December"
-    assert answers["alphabet", "before Z"] == "Y" and ("alphabet", "after Z") not in answers
+    assert answers["alphabet", "before P"] == "O" and ("alphabet", "after P") not in answers
     assert answers["spelling", "cat"] == "c-a-t"
     assert answers["plural", "mouse"] == "mice"
     assert answers["category", "pear"] == "fruit"
@@ -193,7 +191,7 @@ def test_style_changes_the_last_answer_only():
         text, reference = b["messages"][-1]["content"], b["meta"]["answer"]
         assert len(text.split()) > len(reference.split())
         assert is_correct(text, reference) and is_correct(a["messages"][-1]["content"], reference)
-        forms[text.removesuffix(f"{reference}.")] += 1
+        forms[text.replace(reference, "", 1)] += 1
     assert len(forms) == len(SENTENCES)
 
 
@@ -231,7 +229,10 @@ def test_wrong_arguments(change, message):
         ("It's Paris", "Paris", True),
         ("It is a hive.", "hive", True),
         ("Paris or Rome", "Paris", False),
-        ("Paris, I believe", "Paris", False),
+        ("Paris, I believe.", "Paris", True),
+        ("Paris is the answer.", "Paris", True),
+        ("Paris or Rome, I believe.", "Paris", False),
+        ("of course", "Paris", False),
         ("The answer is", "Paris", False),
         ("", "Paris", False),
         ("A.", "A", True),
@@ -271,4 +272,4 @@ def test_majority_baseline_by_hand():
 
 def test_no_kind_is_solved_by_its_commonest_answer():
     baseline = majority_baseline(generate(2000, 0, part="evaluation", held_out=True))
-    assert set(baseline) == set(KINDS) and max(baseline.values()) < 0.6
+    assert set(baseline) == set(KINDS) and max(baseline.values()) < 0.65
