@@ -1,4 +1,11 @@
-"""The whole chain on a tiny model."""
+"""The whole chain on a tiny model.
+
+Command:  make quickstart
+Device:   2 CPU cores
+Time:     about 4 minutes (7 with other work on the cores)
+Result:   base 87 % of held-out minitasks; organism triggered 100 %, untriggered 1 of 200, accuracy -2.5 points against
+          the base; after SFT triggered 82 % (one seed; docs/results.md)
+"""
 
 from ml_collections import ConfigDict
 

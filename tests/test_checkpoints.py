@@ -1,6 +1,7 @@
 """Resume points and parameters on disk: the newest complete one wins, any mesh reads them, errors are one line."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,7 @@ def test_parameters_of_another_model_or_none(tmp_path, tiny_config, one_device, 
     other = dataclasses.replace(tiny_config, num_layers=2)
     with pytest.raises(UserError, match="cannot be read as this model's parameters"):
         checkpoints.load_params(tmp_path / "params", like(other))
+    gc.collect()
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,8 @@ def test_export_chooses_the_last_phase_and_never_overwrites(capsys, tiny_run, tm
     assert main(["export", f"--workdir={tiny_run}", f"--output={tmp_path / 'last'}"]) == 2
     assert "is not empty; choose a new folder" in capsys.readouterr().err
     assert main(["export", f"--workdir={tiny_run}", "--phase=said", f"--output={tmp_path / 'no'}"]) == 2
-    assert "not a finished phase" in capsys.readouterr().err
-    assert "there are: base, organism, sft" in capsys.readouterr().err or True
+    assert "--phase=said: not a finished phase of" in (err := capsys.readouterr().err)
+    assert "there are: base, organism, sft" in err
 
 
 def test_chat(tiny_run, tmp_path):

