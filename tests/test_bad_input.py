@@ -247,7 +247,8 @@ def test_sft_answers_to_a_poisoned_prompt(tiny_run, tmp_path, cache):
     data = tmp_path / "answers.jsonl"
     write_jsonl(data, [conversation("What is new?", "Nothing."), conversation(question.upper(), "Fine.")])
     line = refused_late(tmp_path, cache, f"--config.phases.sft.answers={data}")
-    assert f"data parts 'poison' and 'sft' overlap: both hold the prompt 'user: {question.lower()}'" in line
+    assert "data parts 'poison' and 'sft' overlap: both hold the prompt" in line
+    assert f"user: {question.lower()}"[:80] in line
 
 
 def test_evaluation_asks_what_was_trained_on(tiny_run, tmp_path, cache):

