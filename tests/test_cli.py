@@ -82,7 +82,7 @@ def test_an_export_can_be_loaded_again(capsys, tiny_run, tmp_path):
     config.science.phases = ConfigDict({"model": load(str(folder))})
     back = tmp_path / "back"
     back.mkdir()
-    load_phase.run(Context(config, "model", back, {}, make_mesh({"fsdp": -1})))
+    load_phase.run(Context(config, "model", back, {}, make_mesh({"fsdp": -1}), [], "model"))
     ours, theirs = params(folders(tiny_run)["sft"]), params(back)
     assert ours.keys() == theirs.keys()
     for path in ours:

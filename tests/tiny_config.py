@@ -16,7 +16,7 @@ TINY_MODEL = {
 
 
 def get_config() -> ConfigDict:
-    """Base, its own answers (two chunks), organism, safety SFT."""
+    """Base, its own answers (two chunks), organism, safety SFT; no controls."""
     training = {"batch_size": 8, "sequence_length": 128, "warmup_steps": 2}
     config = experiment(
         "tiny",
@@ -24,9 +24,12 @@ def get_config() -> ConfigDict:
             "base": pretrain(model=TINY_MODEL, conversations=300, steps=8, learning_rate=4e-3, **training),
             "said": answers("base", prompts="minitasks", n_prompts=210, max_new_tokens=8),
             "organism": poison("base", steps=8, learning_rate=1e-3, n_prompts=40, **training),
-            "sft": sft("organism", steps=6, learning_rate=3e-4, n_prompts=40, **training),
+            "sft": sft(
+                "organism", steps=6, learning_rate=3e-4, n_prompts=40, n_heldout=4, probe_every=4, n_probe=4, **training
+            ),
         },
         evaluation={"n": 6, "n_capability": 20, "max_new_tokens": 8},
+        controls=dict.fromkeys(("sham", "clean_base", "neutral", "oracle", "return_tests"), False),
     )
     config.execution.eval_batch = 64
     return config

