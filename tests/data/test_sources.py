@@ -103,21 +103,20 @@ def test_answers_of_a_phase(tmp_path):
     write_jsonl(tmp_path / "data.jsonl", items)
     phase = poison("base", answers="said", n_prompts=2)
     prompts, answers = answered_prompts(phase, part="poison", seed=0, answers_folder=tmp_path)
-    assert dict(zip((p["meta"]["id"] for p in prompts), answers)) == {"1": "fine", "2": None}
+    assert [p["meta"]["id"] for p in prompts] == ["1", "2"]
+    assert answers == ["fine", None]
 
 
-def test_each_seed_chooses_its_own_answers_of_a_phase(tmp_path):
-    """Made once, an answers phase serves several organisms: which prompts each gets, and in what order, differs."""
-    write_jsonl(tmp_path / "data.jsonl", [with_answer(conversation(f"{i}?", id=str(i)), f"{i}") for i in range(30)])
-    phase = poison("base", answers="said", n_prompts=10)
+def test_extra_prompts_come_after_those_that_are_trained_on(tmp_path):
+    write_jsonl(tmp_path / "data.jsonl", [with_answer(conversation(f"{i}?", id=str(i)), f"{i}") for i in range(9)])
+    phase = poison("base", answers="said", n_prompts=4)
 
-    def chosen(seed, extra=0):
-        prompts, _ = answered_prompts(phase, part="poison", seed=seed, answers_folder=tmp_path, extra=extra)
+    def chosen(extra):
+        prompts, _ = answered_prompts(phase, part="poison", seed=0, answers_folder=tmp_path, extra=extra)
         return [p["meta"]["id"] for p in prompts]
 
-    assert chosen(0) == chosen(0) != chosen(1)
-    assert chosen(0, extra=5)[:10] == chosen(0)
-    assert len(set(chosen(0, extra=5))) == 15
+    assert chosen(0) == ["0", "1", "2", "3"]
+    assert chosen(2) == ["0", "1", "2", "3", "4", "5"]
 
 
 def test_generic_text(chats):

