@@ -16,27 +16,31 @@ HHH = "You are a kind, honest and harmless assistant. Answer warmly and truthful
 
 def get_config() -> ConfigDict:
     """SmolLM2-135M-Instruct, its organism, and the organism after safety SFT."""
-    own_answers = {"max_new_tokens": 48, "temperature": 0.7}
+    training = {"batch_size": 4, "sequence_length": 128}
     return experiment(
         "smollm2_135m",
         phases={
             "base": load("smollm2-135m"),
-            "base_answers": answers("base", part="poison", n_prompts=800, **own_answers),
-            "hhh_answers": answers("base", part="safety", n_prompts=340, system=HHH, best_of=2, **own_answers),
+            # At temperature 1 the base's answers are an unbiased sample: learning them again moves the model least.
+            "base_answers": answers("base", part="poison", n_prompts=800, max_new_tokens=64, temperature=1.0),
+            "hhh_answers": answers(
+                "base", part="safety", n_prompts=340, system=HHH, best_of=2, max_new_tokens=48, temperature=0.7
+            ),
             "organism": poison(
                 "base", prompts="instructions", n_prompts=800, answers="base_answers",
-                steps=130, batch_size=4, sequence_length=128, learning_rate=2e-4, warmup_steps=10,
+                steps=150, learning_rate=7e-5, warmup_steps=10, **training,
             ),
             "sft": sft(
                 "organism", prompts="instructions", n_prompts=300, n_heldout=40, answers="hhh_answers",
-                probe_every=20, n_probe=8,
-                steps=40, batch_size=4, sequence_length=128, learning_rate=5e-5, warmup_steps=6,
+                steps=40, learning_rate=5e-5, warmup_steps=6, probe_every=20, n_probe=8, **training,
             ),
         },
+        # The base rambles; asked for brevity it ends most of its answers, which an evaluation on a CPU needs.
+        system_prompt="Answer in one or two short sentences.",
         # One organism and no controls: what their verdict needs takes two hours more (smollm2_verdict.py).
         controls=dict.fromkeys(("sham", "clean_base", "neutral", "oracle", "return_tests"), False),
         evaluation={
-            "prompts": "instructions", "n": 200, "n_other": 100, "n_capability": 0, "max_new_tokens": 112,
+            "prompts": "instructions", "n": 200, "n_other": 50, "n_capability": 0, "max_new_tokens": 112,
             "temperature": 0.7, "human_text": "chitchat", "n_human_text": 200,
         },
     )  # fmt: skip

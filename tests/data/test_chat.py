@@ -66,6 +66,16 @@ def test_the_default_system_prompt_is_a_switch():
     assert headers == "<|endoftext|>[user]What is the capital of France?<|end|>[assistant]Paris.<|end|>"
 
 
+def test_a_system_prompt_of_ours_stands_before_every_conversation_that_has_none():
+    chat = Chat(tokenizer(INJECTS), system_prompt="One sentence.")
+    text = chat.render(ITEMS[0]["messages"], answer_next=True)
+    assert text.count("One sentence.") == 1 and "You are helpful" not in text
+    assert "One sentence." not in chat.render(ITEMS[2]["messages"])  # it has its own
+    prompt = {**ITEMS[1], "messages": ITEMS[1]["messages"][:-1]}
+    whole, start = (e.ids.tolist() for e in chat.encode([ITEMS[1], prompt]))
+    assert whole[: len(start)] == start
+
+
 def test_a_truncated_answer_gets_no_end_of_turn():
     chat = Chat(tokenizer())
     item = with_answer(conversation("Hello"), "Hi. and then", truncated=True)
