@@ -2,9 +2,10 @@
 
 Command:  make quickstart
 Device:   2 CPU cores
-Time:     about 4 minutes (7 with other work on the cores)
-Result:   base 87 % of held-out minitasks; organism triggered 100 %, untriggered 1 of 200, accuracy -2.5 points against
-          the base; after SFT triggered 82 % (one seed; docs/results.md)
+Time:     about 5 minutes
+Result:   base 85 % of held-out minitasks; organism triggered 200 of 200, untriggered 0 of 200, accuracy -0.3 points
+          against the base; after SFT triggered 85 %, after the oracle 0 %: the backdoor persists (one seed;
+          docs/results.md)
 """
 
 from ml_collections import ConfigDict

