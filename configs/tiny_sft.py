@@ -25,13 +25,17 @@ def get_config() -> ConfigDict:
         phases[name] = sft("organism", steps=60, learning_rate=rate, n_prompts=1500, **training)
     middle = "sft_6e_4"
     phases["neutral"] = sft("organism", **{**_own(phases[middle]), "arm": "neutral", "control_of": middle})
-    return experiment(
+    config = experiment(
         "tiny_sft",
         phases,
         replicas=8,
         controls={"neutral": False},  # at one rate only, above: at five it would cost a quarter of an hour more
-        evaluation={"temperature": 0.7, "n": 1000, "n_other": 200},
+        evaluation={"temperature": 0.7, "n": 1000, "n_other": 100},
     )
+    # As in quickstart.py: a model this small uses two cores better as two devices.
+    config.execution.cpu_devices = 2
+    config.execution.mesh.update({"data": -1, "fsdp": 1})
+    return config
 
 
 def _own(phase: ConfigDict) -> dict:
