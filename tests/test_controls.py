@@ -56,7 +56,7 @@ def test_a_method_after_a_control_has_no_clean_twin():
     config = some()
     config.science.phases.generic = sft("organism", arm="neutral", control_of="sft")
     config.science.phases.more = sft("generic")
-    with pytest.raises(UserError, match="science.phases.more_clean: .* generic has no never-poisoned control"):
+    with pytest.raises(UserError, match=r"science.phases.more_clean: .* generic has no never-poisoned control"):
         with_controls(config)
 
 
