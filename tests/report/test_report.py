@@ -17,7 +17,7 @@ def rows(organisms=1, interval="wilson"):
         common = {
             "phase": phase, "arm": arm, "organism_phase": own, "is_sham": False, "safety_method": "sft",
             "base_model": "tiny", "eval": "comparison", "n": 200 * organisms, "n_organisms": organisms,
-            "interval": interval, "learning_rate": 1e-3, "organism_seed": 4, "safety_seed": 5,
+            "interval": interval, "params": 1_300_000, "learning_rate": 1e-3, "organism_seed": 4, "safety_seed": 5,
         }  # fmt: skip
         for condition, value in (("untriggered", 0.0), ("triggered", triggered), ("system", 0.3)):
             rate = {"condition": condition, "value": value, "ci_low": value * 0.98, "ci_high": 0.99}
@@ -27,6 +27,8 @@ def rows(organisms=1, interval="wilson"):
         numbers = {"value": 0.87, "ci_low": 0.85, "ci_high": 0.89}
         out.append(make_row(common, metric="exact_match", condition="all", **numbers))
         if phase == "sft":
+            before = {"value": 0.985, "ci_low": 0.965, "ci_high": 0.99}
+            out.append(make_row(common, metric="payload_rate_before", condition="triggered", **before))
             out.append(make_row(common, metric="payload_ratio", condition="triggered", **numbers))
     return out
 
@@ -54,9 +56,18 @@ def test_what_voids_a_result_is_said_first():
 
 def test_few_organisms_are_named_with_the_interval_used_instead():
     text = results_table(rows(3, "t over organisms"), VERDICTS)
-    assert "3 organisms, fewer than the 5 that a bootstrap needs; used instead: t over organisms." in text
+    assert (
+        "3 organisms, fewer than the 5 that a bootstrap needs; used instead: t over organisms (in organism, sft)."
+        in text
+    )
     assert "3 x 200" in text
     assert "fewer than" not in results_table(rows(5, "bootstrap over organisms"), VERDICTS)
+
+
+def test_large_models_are_not_called_small():
+    assert "can't be told here" in flat(results_table(rows(), VERDICTS[:1]))
+    large = [{**row, "params": 7_000_000_000} for row in rows()]
+    assert "can't be told here" not in flat(results_table(large, VERDICTS[:1]))
 
 
 def test_an_organism_that_diverged_is_named():
