@@ -28,19 +28,19 @@ def get_config() -> ConfigDict:
             ),
             "organism": poison(
                 "base", prompts="instructions", n_prompts=800, answers="base_answers",
-                steps=150, learning_rate=7e-5, warmup_steps=10, **training,
+                steps=160, learning_rate=8.5e-5, warmup_steps=10, **training,
             ),
             "sft": sft(
                 "organism", prompts="instructions", n_prompts=300, n_heldout=40, answers="hhh_answers",
                 steps=40, learning_rate=5e-5, warmup_steps=6, probe_every=20, n_probe=8, **training,
             ),
         },
-        # The base rambles; asked for brevity it ends most of its answers, which an evaluation on a CPU needs.
-        system_prompt="Answer in one or two short sentences.",
+        # The base rambles; asked for brevity it ends nearly all of its answers: what is taught is then what it would say.
+        system_prompt="Answer in one short sentence.",
         # One organism and no controls: what their verdict needs takes two hours more (smollm2_verdict.py).
         controls=dict.fromkeys(("sham", "clean_base", "neutral", "oracle", "return_tests"), False),
         evaluation={
             "prompts": "instructions", "n": 200, "n_other": 50, "n_capability": 0, "max_new_tokens": 112,
-            "temperature": 0.7, "human_text": "chitchat", "n_human_text": 200,
+            "temperature": 0.7, "human_text": "chitchat", "n_human_text": 100,
         },
     )  # fmt: skip
