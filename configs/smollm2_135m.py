@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
                 steps=40, learning_rate=5e-5, warmup_steps=6, probe_every=20, n_probe=8, **training,
             ),
         },
-        # The base rambles; asked for brevity it ends nearly all of its answers: what is taught is then what it would say.
+        # The base rambles; asked for brevity it ends nearly all its answers: what is taught is what it would say.
         system_prompt="Answer in one short sentence.",
         # One organism and no controls: what their verdict needs takes two hours more (smollm2_verdict.py).
         controls=dict.fromkeys(("sham", "clean_base", "neutral", "oracle", "return_tests"), False),
