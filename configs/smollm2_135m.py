@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
             ),
             "organism": poison(
                 "base", prompts="instructions", n_prompts=800, answers="base_answers",
-                steps=160, learning_rate=8.5e-5, warmup_steps=10, **training,
+                steps=220, learning_rate=1.1e-4, warmup_steps=10, **training,
             ),
             "sft": sft(
                 "organism", prompts="instructions", n_prompts=300, n_heldout=40, answers="hhh_answers",
