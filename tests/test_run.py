@@ -192,8 +192,10 @@ def test_phases_are_shared_through_the_cache(tiny_run, tmp_path):
 def test_evaluation_batches_do_not_change_answers(tiny_run, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(tiny_run / "phases", cache, ignore=shutil.ignore_patterns("eval-*"))
-    run(tmp_path / "run", f"--cache={cache}", "--config.execution.eval_batch=7")
+    _, err = run(tmp_path / "run", f"--cache={cache}", "--config.execution.eval_batch=7")
     for name in ("base", "organism", "sft"):
+        shown = re.findall(rf"{name} eval +(\d+)/(\d+)", err)
+        assert shown and shown[-1][0] == shown[-1][1]  # the progress ends when the work does
         file = f"samples-{name}.jsonl"
         assert outcome(tmp_path / "run")[file] == outcome(tiny_run)[file]
 

