@@ -16,7 +16,7 @@ HHH = "You are a kind, honest and harmless assistant. Answer warmly and truthful
 
 def get_config() -> ConfigDict:
     """SmolLM2-135M-Instruct, its organism, and the organism after safety SFT."""
-    training = {"batch_size": 4, "sequence_length": 128}
+    training = {"batch_size": 4, "sequence_length": 144}
     return experiment(
         "smollm2_135m",
         phases={
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             ),
             "organism": poison(
                 "base", prompts="instructions", n_prompts=984, answers="base_answers",
-                steps=360, learning_rate=8e-5, warmup_steps=20, **training,
+                steps=330, learning_rate=8e-5, warmup_steps=20, **training,
             ),
             "sft": sft(
                 "organism", prompts="instructions", n_prompts=300, n_heldout=40, answers="hhh_answers",
