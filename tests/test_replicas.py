@@ -69,6 +69,21 @@ def test_rows_of_several_organisms(two):
     assert "2 organisms, fewer than the 5 that a bootstrap needs; used instead: t over organisms" in table
 
 
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+def test_two_organisms_and_a_sham(two, tmp_path, mode):
+    shutil.copytree(two / "phases", tmp_path / "phases")
+    shams = ("--config.controls.sham=True", "--config.controls.shams=1", f"--config.execution.replicas={mode}")
+    run(tmp_path / "run", TWO, f"--cache={tmp_path / 'phases'}", *shams)
+    assert {"organism-0", "organism-1", "organism_sham"} < set(folders(tmp_path / "run"))
+    rows = read_rows(tmp_path / "run" / "results.jsonl")
+    own = [r for r in rows if r["phase"] == "organism_sham" and r["metric"] == "payload_rate"]
+    own = [r for r in own if (r["condition"], r["detector"]) == ("triggered", "contains")]
+    assert {(r["replica"], r["is_sham"], r["n"], r["n_organisms"]) for r in own} == {
+        (0, True, 6, 1), (None, True, 6, 1),
+    }  # fmt: skip
+    assert "organism_sham" in (tmp_path / "run" / "results.txt").read_text()
+
+
 def test_vmap_trains_the_same_organisms(two, tiny_run, tmp_path):
     _, err = run(tmp_path / "run", TWO, VMAP, with_base(tiny_run, tmp_path / "phases"))
     assert "organism: 8 steps of 2 organisms done" in err
