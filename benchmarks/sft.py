@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
 
 SIZES = {
     "tiny": Sizes(shapes=((8, 10), (32, 4)), turns=15, dialogues=400, packed_rows=8, epochs=3),
-    "smollm2": Sizes(shapes=((8, 1),), turns=7, dialogues=60, packed_rows=2, epochs=2),
+    "smollm2": Sizes(shapes=((8, 3),), turns=5, dialogues=60, packed_rows=2, epochs=2),
 }
 QUICK = {
     "tiny": Sizes(shapes=((8, 2),), turns=2, dialogues=100, packed_rows=8, epochs=1),

