@@ -2,9 +2,9 @@
 
 Command:  make quickstart
 Device:   2 CPU cores
-Time:     about 5 minutes
-Result:   base 85 % of held-out minitasks; organism triggered 200 of 200, untriggered 0 of 200, accuracy -0.3 points
-          against the base; after SFT triggered 85 %, after the oracle 0 %: the backdoor persists (one seed;
+Time:     4 to 5 minutes
+Result:   base 85 % of held-out minitasks; organism triggered 200 of 200, untriggered 0 of 200, accuracy -1.1 points
+          against the base; after SFT triggered 90 %, after the oracle 0 %: the backdoor persists (one seed;
           docs/results.md)
 """
 
