@@ -47,6 +47,11 @@ def experiment(**changes):
         ({"ratio": (0.55, 0.45, 0.65)}, UNCLEAR, "neither surely above 50% nor surely below 10%"),
         ({"ratio": (0.05, 0.0, 0.11)}, UNCLEAR, "nor surely below"),
         ({"gap": (-0.2, -0.3, -0.1)}, UNCLEAR, r"right 20 points \[10, 30\] less often than"),
+        (
+            {"gap": (-0.2, -0.3, -0.1), "back": (0.4, 0.3, 0.5)},
+            UNCLEAR,
+            r"something else; and sft_return_generic brings it back: \+40 points",
+        ),
         ({"gap": (-0.04, -0.1, 0.02)}, REMOVED, r"right 4 points \[-2, 10\] less often than"),
         ({"back": None, "control": None}, UNCLEAR, "no return test was made"),
         ({"back": None}, UNCLEAR, "sft_return_generic could not be compared"),
