@@ -80,4 +80,7 @@ def test_rows_of_a_run(tiny_run):
     assert {row["safety_method"] for row in rows if row["phase"] == "sft"} == {"sft"}
     assert {row["organism_seed"] for row in rows if row["phase"] == "base"} == {None}
     assert {row["organism_seed"] for row in rows if row["phase"] == "sft"} == {0}
-    assert rows[0]["config"]["phases.organism.learning_rate"] == 1e-3
+    # The settings of a row's own phase and of those before it; not of others.
+    settings = {row["phase"]: row["config"] for row in rows}
+    assert settings["sft"]["phases.organism.learning_rate"] == 1e-3 and settings["sft"]["organism.copies"] == 3
+    assert "phases.base.steps" in settings["base"] and "phases.organism.learning_rate" not in settings["base"]
