@@ -222,7 +222,7 @@ def test_unknown_family(capsys, tmp_path):
     (tmp_path / "mamba").mkdir()
     (tmp_path / "mamba" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     line = refused(capsys, *loading(tmp_path, tmp_path / "mamba"))
-    assert "model family 'mamba' is not known; known are: llama" in line
+    assert "model family 'mamba' is not known; known are: gemma2, gemma3_text" in line
 
 
 def test_corrupt_safetensors(capsys, tiny_run, tmp_path):

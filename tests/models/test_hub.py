@@ -125,6 +125,11 @@ def test_config_errors_name_the_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**HF, "model_type": "mamba"}))
     with pytest.raises(UserError, match=r"config.json: model family 'mamba' is not known.*; known are: gemma2"):
         hub.load_config(tmp_path)
+    nearest = {"gemma3": "gemma3_text", "qwen2_moe": "qwen2", "mixtral": "mistral", "phi": "phi3", "olmo": "olmo2"}
+    for name, near in nearest.items():
+        (tmp_path / "config.json").write_text(json.dumps({**HF, "model_type": name}))
+        with pytest.raises(UserError, match=rf"'{name}' is not known \(the nearest is {near}\)"):
+            hub.load_config(tmp_path)
 
 
 # --- round trips
