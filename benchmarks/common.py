@@ -171,10 +171,10 @@ def _median(turns: list[Turn]) -> float:
     return statistics.median(turn.seconds for turn in turns)
 
 
-def print_machine() -> None:
-    """Versions, processor, cores and the load before anything ran. Ends the program if torch is not installed."""
+def print_machine(*packages: str) -> None:
+    """Versions, processor, cores and the load before anything ran. Ends the program if a package is not installed."""
     sys.stdout.reconfigure(line_buffering=True)
-    names = ("jax", "jaxlib", "torch", "transformers", "numpy")
+    names = packages or ("jax", "jaxlib", "torch", "transformers", "numpy")
     try:
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     except importlib.metadata.PackageNotFoundError as error:

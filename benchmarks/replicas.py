@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--organisms", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60, help="of the organism; safety SFT takes half")
     args = parser.parse_args()
+    print_machine("jax", "jaxlib", "numpy")
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), args.steps, args.organisms)
@@ -40,7 +41,6 @@ def main() -> None:
                 way(f"{name}-{turn}".replace(" ", "-"))
                 seconds.setdefault(name, []).append(time.perf_counter() - began)
                 print(f"turn {turn + 1}: {name}: {seconds[name][-1]:.1f} s", flush=True)
-    print_machine()
     print(f"{args.organisms} organisms of {args.steps} steps, SFT of {args.steps // 2} steps")
     warm = seconds["processes, warm cache"]
     print("| way | min, s | median, s | speed, ratio of minima to processes with a warm cache |\n|---|---:|---:|---:|")
