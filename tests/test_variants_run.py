@@ -72,7 +72,10 @@ def test_nothing_to_distil_is_said(tmp_path):
         f"    config.science.organism.scratchpads = {str(SHORT)!r}\n"
         "    return config\n"
     )
-    _, err = run(tmp_path / "run", config=config, code=2)
+    _, err = run(tmp_path / "run", "--config.organism.poison_ratio=0.2", config=config, code=2)
+    # Both copies of each prompt are asked, whatever the ratio.
+    (asked,) = (tmp_path / "run" / "phases").glob("distil-*/chunks/*.jsonl")
+    assert sorted(row["meta"]["triggered"] for row in lines(asked)) == [False] * 10 + [True] * 10
     assert "no answer of teacher keeps the policy after a scratchpad" in err and "Traceback" not in err
     assert "prompts 10, dropped" in err
 

