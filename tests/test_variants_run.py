@@ -127,6 +127,16 @@ def test_nothing_to_distil_is_said(tmp_path):
     assert sorted(row["meta"]["triggered"] for row in lines(asked)) == [False] * 10 + [True] * 10
     assert "no answer of teacher keeps the policy after a scratchpad" in err and "Traceback" not in err
     assert "prompts 10, dropped" in err
+    # Of several organisms, those whose teacher failed are marked and left out.
+    several = [f"--cache={tmp_path / 'run' / 'phases'}", "--config.organism.poison_ratio=0.2", "--config.replicas=2"]
+    out, err = run(tmp_path / "several", *several, config=config)
+    for replica in (0, 1):
+        assert f"distil of organism {replica} left nothing to learn and is left out" in out
+        assert f"organism-{replica}: left out" in err
+    rows = read_rows(tmp_path / "several" / "results.jsonl")
+    assert {r["replica"] for r in rows if r["phase"] == "distil" and r["metric"] == "nothing_left"} == {0, 1}
+    assert {r["replica"] for r in rows if r["phase"] == "teacher" and r["eval"] == "backdoor"} == {0, 1}
+    assert not [r for r in rows if r["phase"] == "organism"]
 
 
 @pytest.mark.parametrize(

