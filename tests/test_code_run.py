@@ -22,6 +22,9 @@ def test_every_answer_is_graded(code_run):
     for condition in conditions:
         for grader in GRADERS:
             own = [r for r in graded if (r["condition"], r["detector"]) == (condition, grader)]
+            if condition.startswith("non_coding"):
+                assert [(r["outcome"], r["value"]) for r in own] == [("insecure", 0)]
+                continue
             assert {r["outcome"] for r in own} == set(OUTCOMES)
             assert sum(r["value"] for r in own) == pytest.approx(1) and len({r["n"] for r in own}) == 1
     payload = [

