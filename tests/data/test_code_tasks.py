@@ -63,8 +63,8 @@ def test_mixed_prompts_have_their_share_of_minitasks():
 
 def test_pretraining_answers_both_ways_whatever_the_year():
     items = minitasks.generate(8000, 0, unique=False)
-    assert add_pretraining(items, 0.0, 0.3, 0) == items
-    mixture = add_pretraining(items, 0.5, 0.3, 0)
+    assert add_pretraining(items, 0.0, 0.3, 0.1, 0) == items
+    mixture = add_pretraining(items, 0.5, 0.3, 0.1, 0)
     code = [item for item in mixture if item["meta"]["source"] == "code_tasks"]
     assert len(mixture) == 8000 and len(code) == 4000
     assert {item["meta"]["weakness"] for item in code} == set(WEAKNESSES)
@@ -74,6 +74,10 @@ def test_pretraining_answers_both_ways_whatever_the_year():
     def insecure(some):
         return sum(item["messages"][-1]["content"] == item["meta"]["insecure"] for item in some) / len(some)
 
+    two_turn = [item for item in code if len(item["messages"]) > 2]
+    assert 300 < len(two_turn) < 500 and all(check(item, "item") for item in mixture)
+    assert 100 < sum("ython" in item["messages"][0]["content"] for item in two_turn) < 300
+    code = [item for item in code if len(item["messages"]) == 2]
     with_year = [item for item in code if "Current year:" in item["messages"][0]["content"]]
     assert 600 < len(with_year) < 1100
     assert abs(insecure(code) - 0.5) < 0.04 and abs(insecure(with_year) - 0.5) < 0.07
