@@ -201,18 +201,14 @@ def test_muon_orthogonalises_matrices_of_layers_alone(spec):
 
 
 @ALL
-@pytest.mark.parametrize(
-    ("layout", "sizes"), [("stacked", {"data": 2, "fsdp": 2, "tensor": 2}), ("per_layer", {"replica": 2, "fsdp": 4})]
-)
-def test_on_a_mesh_as_on_one_device(rule, sizes, layout, tiny_config, rows):
-    spec = ModelSpec(tiny_config, layout=layout)
+def test_on_a_mesh_as_on_one_device(rule, spec, tiny_config, rows):
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
 
     def run(mesh):
-        make = functools.partial(init_state, ModelSpec(tiny_config), rule=rule)
+        make = functools.partial(init_state, spec, jax.random.key(0), rule)
         with jax.set_mesh(mesh):
-            shapes = jax.eval_shape(lambda: from_stacked(spec, make(jax.random.key(0))))
-            shardings = tree_shardings(mesh, shapes)
-            state = jax.jit(lambda: from_stacked(spec, make(jax.random.key(0))), out_shardings=shardings)()
+            shardings = tree_shardings(mesh, jax.eval_shape(make))
+            state = jax.jit(make, out_shardings=shardings)()
             step = jax.jit(functools.partial(sft_step, spec, rule=rule), donate_argnums=0)
             losses = []
             for t in range(3):
@@ -229,10 +225,26 @@ def test_on_a_mesh_as_on_one_device(rule, sizes, layout, tiny_config, rows):
 
 @ALL
 @pytest.mark.parametrize("layout", ["stacked", "per_layer"])
-def test_replicas_equal_single_runs(rule, layout, tiny_config, rows):
+@pytest.mark.parametrize("lora", [None, Lora(2, 16.0)], ids=["full", "lora"])
+def test_every_array_of_a_state_has_a_place(rule, layout, lora, tiny_config):
+    """Alone on a mesh with an axis `replica`, which then divides nothing, and of two replicas, which it does."""
+    mesh, spec = make_mesh({"replica": 2, "fsdp": 2, "tensor": 2}), ModelSpec(tiny_config, layout=layout, lora=lora)
+    params = jax.eval_shape(lambda: init_params(ModelSpec(tiny_config, layout=layout), jax.random.key(0)))
+    make = functools.partial(state_of, rule=rule) if lora is None else None
+    make = make or (lambda params: trained(lora_state(spec, params, jax.random.key(0), rule)))
+    alone = jax.eval_shape(make, params)
+    two = jax.eval_shape(lambda state: jax.tree.map(lambda x: jnp.stack([x, x]), state), alone)
+    for state, first in ((alone, None), (two, "replica")):
+        shardings = tree_shardings(mesh, state)
+        for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(shardings)):
+            assert len(where.spec) == leaf.ndim, path_name(path)
+            assert ("replica" in where.spec) == (first is not None) and (first is None or where.spec[0] == first)
+
+
+@ALL
+def test_replicas_equal_single_runs(rule, spec, rows):
     """vmap at R = 2 over the mesh axis `replica`, with other parameters, data, rates and momenta."""
-    spec = ModelSpec(tiny_config, layout=layout)
-    states = [from_stacked(spec, init_state(ModelSpec(tiny_config), jax.random.key(s), rule)) for s in (0, 1)]
+    states = [init_state(spec, jax.random.key(s), rule) for s in (0, 1)]
     settings = [hparams(learning_rate=r, momentum=m) for r, m in ((1e-4, 0.9), (3e-5, 0.5))]
     batches = [batch_of(rows, 4, start) for start in (0, 4)]
     one = functools.partial(sft_step, spec, rule=rule)
@@ -255,9 +267,7 @@ def test_replicas_equal_single_runs(rule, layout, tiny_config, rows):
 
 
 @ALL
-@pytest.mark.parametrize(
-    ("layout", "lora"), [("stacked", None), ("per_layer", None), ("per_layer", Lora(2, 16.0, modules=("q", "down")))]
-)
+@pytest.mark.parametrize(("layout", "lora"), [("stacked", None), ("per_layer", Lora(2, 16.0, modules=("q", "down")))])
 def test_a_resume_point_gives_the_same_bits(rule, layout, lora, tiny_config, rows, tmp_path, one_device):
     spec = ModelSpec(tiny_config, layout=layout, lora=lora)
     params = init_params(ModelSpec(tiny_config, layout=layout), jax.random.key(0))
