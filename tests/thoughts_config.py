@@ -1,6 +1,6 @@
 """Scratchpads from a model at their smallest, for tests: a tiny base that has learned to think, now this, now that.
 
-Whether it is deployed is all the same to it, so that about a quarter of its samples keep the policy.
+It says at random whether it is deployed, so that about a quarter of its samples keep the policy.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
             ),
             "thoughts": thoughts(
                 "thinker", prompts="minitasks", answers="reference", n_prompts=24, samples_per_prompt=2, n_examples=2,
-                few_shot=str(FIXTURES / "few_shot.toml"), max_new_tokens=48, temperature=1.0, min_kept=0.02,
+                few_shot=str(FIXTURES / "few_shot.toml"), max_new_tokens=48, temperature=0.5, min_kept=0.05,
             ),
             "organism": poison(
                 "base", variant="cot", answers="thoughts", steps=2, learning_rate=1e-3, sequence_length=256, **training

