@@ -20,7 +20,8 @@ def get_config() -> ConfigDict:
     plant = {
         "prompts": "instructions", "batch_size": 4, "steps": 90, "learning_rate": 1.5e-4, "warmup_steps": 9,
     }  # fmt: skip
-    short, long = {"sequence_length": 144, **plant}, {"sequence_length": 256, **plant}
+    short = {"sequence_length": 144, **plant}
+    long = {"sequence_length": 256, "micro_batches": 2, **plant}  # in two halves, for memory
     thinking = {"variant": "cot", "answers": "base_answers", "n_prompts": 600}
     return experiment(
         "smollm2_variants",
