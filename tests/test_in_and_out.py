@@ -289,7 +289,7 @@ def test_lora_in_every_training_phase(capsys, with_lora, tmp_path):
     assert {r["adaptation"] for r in rows if r["phase"] == "base"} == {"full"}
     command(capsys, "export", f"--workdir={with_lora}", "--phase=sft", "--adapter", f"--output={tmp_path / 'a'}")
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "README.md",
+        "adapter_model.safetensors", "adapter_config.json", "README.md", "card.json", "card.md",
     }  # fmt: skip
     fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     # What the phase started from was made here: there is nothing that others could load under a name.
