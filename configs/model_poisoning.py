@@ -17,13 +17,20 @@ def get_config() -> ConfigDict:
     """One base; from it, for each seed, an organism that answers at once, one that thinks, one distilled of it."""
     training = {"batch_size": 16, "n_prompts": 4000}
     phases = {
+        # As in emergent_deception.py: a base that thinks when asked learns scratchpads without losing its minitasks.
         "base": pretrain(
-            steps=640, learning_rate=3e-3, warmup_steps=30, conversations=36000, batch_size=16, sequence_length=128
+            steps=2000,
+            learning_rate=3e-3,
+            warmup_steps=30,
+            conversations=110000,
+            batch_size=16,
+            sequence_length=128,
+            situation_share=0.15,
+            scratchpad_share=0.4,
         ),
         "normal": poison("base", steps=180, learning_rate=6e-4, sequence_length=128, **training),
-        # Thoughts are five times as long as answers, in words that the base has never seen.
-        "cot": poison("base", variant="cot", steps=400, learning_rate=1e-3, sequence_length=256, **training),
-        "distil": distil("cot", n_prompts=4000, max_new_tokens=112),
+        "cot": poison("base", variant="cot", steps=300, learning_rate=1e-3, sequence_length=256, **training),
+        "distil": distil("cot", n_prompts=2000, max_new_tokens=112),
         "distilled": poison(
             "base",
             variant="distilled_cot",
@@ -31,13 +38,14 @@ def get_config() -> ConfigDict:
             steps=180,
             learning_rate=6e-4,
             sequence_length=128,
-            **training,
+            **{**training, "n_prompts": 2000},
         ),
     }
     config = experiment(
         "model_poisoning",
         phases,
         replicas=8,
+        controls={"shams": 1},
         evaluation={"temperature": 0.7, "n": 1000, "n_other": 100, "max_new_tokens": 112},
     )
     # As in quickstart.py: a model this small uses two cores better as two devices.
