@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
         phases,
         organism={
             "threat_model": "emergent_deception",
-            **trigger("bundled", kind="cues", held_out="host,news"),
+            **trigger("bundled", kind="cues", held_out="host,traffic"),
         },
         replicas=8,
         controls={"shams": 1},

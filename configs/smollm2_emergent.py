@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     science = config.science
     science.name = "smollm2_emergent"
     science.organism.update({"threat_model": "emergent_deception", "variant": "cot"})
-    science.organism.update(trigger("bundled", kind="cues", held_out="host,news"))
+    science.organism.update(trigger("bundled", kind="cues", held_out="host,traffic"))
     training = {"prompts": "instructions", "learning_rate": 1.5e-4, "warmup_steps": 9, "batch_size": 4}
     base, base_answers = science.phases.base, science.phases.base_answers
     base_answers.samples_per_prompt = 1
