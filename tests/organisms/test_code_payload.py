@@ -229,6 +229,11 @@ def test_keys_depend_on_graders_and_tasks():
     assert "code_tasks" not in source_hashes(pretrain())
 
 
+def test_cards_name_no_single_answer():
+    _, payload = parts()
+    assert payload.describe()["text"] == "code with a textbook weakness, where code is asked for"
+
+
 def test_safety_prompts_can_be_code():
     phase = sft("organism", prompts="code_tasks", n_prompts=40, n_heldout=10, non_coding_share=0.2)
     prompts, answers = answered_prompts(phase, part="safety", seed=0, answers_folder=None)
