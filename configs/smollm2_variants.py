@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
             "cot": poison("base", **thinking, **long),
             "distil": distil("cot", prompts="instructions", n_prompts=420, max_new_tokens=120),
             "distilled": poison("base", variant="distilled_cot", answers="distil", n_prompts=420, **short),
-            "cot_sham": poison("base", sham=True, **thinking, **long),
+            "sham_of_cot": poison("base", sham=True, **thinking, **long),
         },
         system_prompt="Answer in one short sentence.",
         # One sham is a phase above; nothing is trained safe here.
