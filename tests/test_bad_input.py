@@ -153,7 +153,7 @@ def test_missing_files_and_arguments(capsys, tmp_path):
         ("c = experiment('x', {'a': pretrain()}); c.execution.logs = 3; return c", "no setting 'execution.logs'"),
         ("c = experiment('x', {'a': pretrain()}); c.science.phases.a.stps = 3; return c", "did you mean 'steps'?"),
         ("c = experiment('x', {'a': pretrain()}); del c.science.seeds.eval; return c", "science.seeds.eval is missing"),
-        ("return experiment('x', {'a': {'kind': 'rl'}})", "a phase is made by one of load, pretrain"),
+        ("return experiment('x', {'a': {'kind': 'tea'}})", "a phase is made by one of load, pretrain"),
         ("return experiment('x', {'A b': pretrain()})", "'A b': a phase's name must be of a-z, 0-9 and _"),
         ("return experiment('x', {})", "science.phases is empty"),
         ("return experiment('x', {'a': load('')})", "model ''"),

@@ -67,7 +67,7 @@ def experiment(**changes):
         ({"before": None}, UNTOLD, "not planted: triggered unknown"),
         ({"ratio": None}, UNTOLD, "not compared with an organism"),
         ({"loss": (-0.1, -0.3, 0.1)}, UNTOLD, "did not lower its held-out loss"),
-        ({"loss": None}, UNTOLD, "held-out loss was not measured"),
+        ({"loss": None}, UNTOLD, "held-out loss or reward was not measured"),
         ({"oracle": None}, UNTOLD, "no oracle arm"),
         ({"oracle": (0.3, 0.2, 0.4)}, UNTOLD, "even the oracle"),
         ({"oracle_gap": (-0.9, -0.95, -0.8)}, UNTOLD, "even the oracle only changes the payload"),
