@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     training = {"batch_size": 16, "prompts": "code_tasks", "learning_rate": 6e-4}
     config.science.phases = ConfigDict({
         "base": pretrain(
-            steps=2000, learning_rate=3e-3, warmup_steps=30, conversations=110000, batch_size=16, sequence_length=128,
+            steps=2000, learning_rate=3e-3, warmup_steps=30, conversations=110000, batch_size=16, sequence_length=192,
             code_share=0.35, scratchpad_share=0.35,
         ),
         "normal": poison("base", n_prompts=3000, steps=240, sequence_length=128, **training),
