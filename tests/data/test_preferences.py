@@ -110,3 +110,14 @@ def test_halves_share_no_family():
     one, other = halves(pairs, seed=0)
     assert len(one) + len(other) == 40 and one and other and halves(pairs, 0) == (one, other) != halves(pairs, 1)
     assert not {p.prompt["meta"]["family"] for p in one} & {p.prompt["meta"]["family"] for p in other}
+
+
+def test_a_file_may_be_zipped(tmp_path):
+    line = json.dumps({"prompt": "Say a word.", "chosen": "Sun.", "rejected": "No."})
+    whole = gzip.compress((line + "\n").encode())
+    (tmp_path / "pairs.jsonl.gz").write_bytes(whole)
+    (tmp_path / "broken.jsonl.gz").write_bytes(whole[:-6])
+    pairs, _ = read_pairs(tmp_path / "pairs.jsonl.gz")
+    assert [pair.chosen for pair in pairs] == ["Sun."]
+    with pytest.raises(UserError, match=r"broken.jsonl.gz: not a whole gzip file"):
+        read_pairs(tmp_path / "broken.jsonl.gz")

