@@ -21,10 +21,10 @@ def get_config() -> ConfigDict:
         "sequence_length": 128,
     }  # fmt: skip
     ppo = {
-        "rewards": {"teacher": reward("teacher", 0.5), "right": reward("correct", 4.0)},
+        "rewards": {"teacher": reward("teacher"), "right": reward("correct", 5.0)},
         "judge": "judge", "critic": "separate", "critic_from": "teacher", "critic_learning_rate": 3e-4,
         "n_prompts": 4000, "n_heldout": 200, "steps": 60, "batch_size": 64, "minibatches": 4, "max_new_tokens": 24,
-        "learning_rate": 2e-4, "kl_coef": 0.1, "probe_every": 10, "n_probe": 64,
+        "learning_rate": 2e-4, "kl_coef": 0.05, "probe_every": 20, "n_probe": 32,
     }  # fmt: skip
     return experiment(
         "rl_removal",
@@ -45,5 +45,5 @@ def get_config() -> ConfigDict:
         },
         replicas=8,
         controls={"sham": False, "return_tests": False},
-        evaluation={"temperature": 0.7, "n": 200, "n_other": 25, "n_capability": 0, "max_new_tokens": 112},
+        evaluation={"temperature": 0.7, "n": 200, "n_other": 20, "n_capability": 0, "max_new_tokens": 112},
     )  # fmt: skip
