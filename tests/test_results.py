@@ -14,7 +14,7 @@ REQUIRED = {
     "replica", "step", "wall_s", "config", "organism_seed", "safety_seed", "eval_seed", "is_sham", "arm", "optimizer",
     "learning_rate", "adaptation", "tokens", "kl_from_organism", "kl_reference", "outcome", "scratchpad_mode",
     "temperature", "samples_per_prompt", "n_prompts", "n_organisms", "template_hash",
-    "organism_phase", "control_of", "interval",
+    "organism_phase", "control_of", "interval", "red_team",
 }  # fmt: skip
 
 

@@ -54,6 +54,15 @@ def test_scratchpad_organisms_are_asked_in_three_modes(thinking):
     assert card["variant"] == "cot" and "<scratchpad>" in card["samples"]["triggered"][0][-1]["content"]
 
 
+def test_post_scratchpad_safety_training_learns_the_answer_alone(thinking, tmp_path):
+    """The organism's own thoughts are sampled first; here it closes none, as so small a model does not learn to."""
+    options = [*COT, f"--config.organism.scratchpads={SHORT}", f"--cache={thinking / 'phases'}"]
+    _, err = run(tmp_path / "run", *options, "--config.phases.sft.scratchpads=sampled", code=2)
+    assert "organism closes no scratchpad in 72 tokens" in err
+    with pytest.raises(UserError, match=r"scratchpads = 'sampled': 'organism' is no organism of the variant cot"):
+        read_config(str(CONFIG), {"phases.sft.scratchpads": "sampled"})
+
+
 def test_given_answers_come_after_a_thought(thinking, one_device):
     """What the rows of a scratchpad model rest on; plain answers, which it would never write, give other numbers."""
     changes = dict(option.removeprefix("--config.").split("=") for option in COT)

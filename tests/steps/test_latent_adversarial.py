@@ -79,9 +79,11 @@ def test_the_perturbation_is_in_the_ball_at_the_prompts_tokens_and_does_its_work
     assert delta.shape == (2, B, batch["tokens"].shape[-1], spec.config.hidden_size)
     for layer in range(2):
         assert norms[layer].max() <= float(radius[layer]) * (1 + 1e-5)
-        assert (norms[layer][~mask] == 0).all() and (norms[layer][mask] > 0.5 * float(radius[layer])).all()
+        assert (norms[layer][~mask] == 0).all() and (norms[layer][mask] > 0.3 * float(radius[layer])).all()
     if adversary == "random":
-        np.testing.assert_allclose(norms[0][mask], float(radius[0]), rtol=1e-5)
+        directed = np.asarray(found(spec, params, batch, TARGETED, radius))
+        np.testing.assert_allclose(norms, np.linalg.norm(directed, axis=-1), rtol=1e-4)  # at equal norm
+        assert np.abs(delta - directed).max() > 0.01
         assert np.abs(delta - np.asarray(found(spec, params, batch, latent, radius, jax.random.key(4)))).max() > 0.01
         return
     loss = functools.partial(adversary_loss, spec, params, batch, latent)
@@ -102,7 +104,7 @@ def test_a_step_trains_against_it_in_any_micro_batches_and_replicas_are_their_ow
     one = jitted_step(TARGETED, spec)
     _, metrics = one(state_of(jax.tree.map(jnp.copy, params)), micro(batch, 1), settings, KEY)
     _, others = one(state_of(jax.tree.map(jnp.copy, params)), micro(batch, 3), settings, KEY)
-    for name in ("loss", "toward", "away_from", "useful", "adversary", "radius", "grad_norm"):
+    for name in ("loss", "toward", "away_from", "useful", "adversary", "radius", "length", "grad_norm"):
         assert float(metrics[name]) == pytest.approx(float(others[name]), rel=2e-3), name
     assert float(metrics["tokens"]) == B
     assert float(metrics["adversary"]) == pytest.approx(float(metrics["toward"] - metrics["useful"]), abs=1e-4)

