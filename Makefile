@@ -7,7 +7,7 @@ RUNS ?= runs
 .PHONY: help quickstart test test-torch test-slow lint format bench clean
 
 help:
-	@echo "make quickstart   environment, then base -> organism -> safety SFT and controls -> verdict, 5 minutes"
+	@echo "make quickstart   environment, then base -> organism -> SFT, PPO, adversarial -> verdicts, 7 minutes"
 	@echo "make test         the tests (no torch needed)"
 	@echo "make test-torch   live comparison with transformers (installs torch)"
 	@echo "make test-slow    checks on SmolLM2-135M, several minutes (installs torch)"

