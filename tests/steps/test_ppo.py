@@ -183,6 +183,43 @@ def test_the_loss_by_hand(spec, params):
     assert float(metrics["learning_rate"]) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("loss_mean", "kl", "kl_in"), [("token", "k3", "loss"), ("row", "k2", "loss"), ("row", "k1", "reward")]
+)
+def test_a_step_goes_down_the_gradient_of_the_loss_by_hand(spec, params, loss_mean, kl, kl_in):
+    """Policy, value head, entropy and KL in one loss, written out once more; a step of SGD shows its gradient."""
+    algorithm = Algorithm(N, Conventions(kl=kl, kl_in=kl_in), loss_mean=loss_mean, entropy_bonus=True, rule="sgd")
+    settings = hparams(clip_low=0.1, clip_high=0.3, clip_value=0.05, entropy_coef=0.3, value_coef=0.7, clip_norm=1e9,
+                       momentum=0.0, learning_rate=0.1, critic_learning_rate=0.1)  # fmt: skip
+    batch = measured(spec, params, algorithm, reference=params[1])
+    moved = jax.tree.map(lambda x, y: x + 0.2 * (y - x), params[0], params[1])
+    state = state_of(algorithm, (moved, *params[1:])) | {"kl_coef": jnp.float32(0.5)}
+    before = jax.tree.map(jnp.copy, state["params"])
+    real = jnp.arange(N)[None] < LENGTHS[:, None]
+    weights = real / LENGTHS[:, None] / B if loss_mean == "row" else real / LENGTHS.sum()
+
+    def loss(tree):
+        model = bind(spec, tree["policy"])
+        hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])[:, P - 1 : -1]
+        log = jax.nn.log_softmax(model.logits(hidden) / 0.7)
+        own = jnp.take_along_axis(log, batch["tokens"][:, P:, None], axis=-1)[..., 0]
+        ratio, a = jnp.exp(own - batch["logprobs"]), batch["advantages"]
+        surrogate = -jnp.minimum(ratio * a, jnp.clip(ratio, 0.9, 1.3) * a)
+        value = (hidden @ tree["critic"]["head"]["kernel"])[..., 0]
+        held = jnp.clip(value, batch["values"] - 0.05, batch["values"] + 0.05)
+        errors = jnp.maximum((value - batch["returns"]) ** 2, (held - batch["returns"]) ** 2) / 2
+        entropy = -(jnp.exp(log) * log).sum(axis=-1)
+        away = batch["ref_logprobs"] - own
+        penalty = {"k1": 0 * own, "k2": away**2 / 2, "k3": jnp.exp(away) - 1 - away}[kl]
+        each = surrogate + 0.7 * errors - 0.3 * entropy + 0.5 * penalty
+        return jnp.where(real, each * weights, 0.0).sum()
+
+    wanted = jax.tree.map(lambda x, g: x - 0.1 * g, before, jax.grad(loss)(before))
+    new, _ = update(spec, algorithm)(state, batch, settings, order(1, 1, B))
+    for a, b in zip(jax.tree.leaves(new["params"]), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
 def test_clipping_closed_forms():
     settings = hparams(clip_low=0.2, clip_high=0.2, dual_clip=3.0, clip_value=0.2)
     log = jnp.log(jnp.asarray([[2.0, 2.0, 0.5, 0.5, 9.0]]))
@@ -258,13 +295,17 @@ def test_of_several_one_that_is_not_finite_stays_as_it_was(spec, params):
     assert float(metrics["policy_loss"][1]) == pytest.approx(float(own["policy_loss"]), abs=1e-6)
 
 
-def test_the_policy_stays_while_the_critic_warms_up(spec, params):
-    algorithm = Algorithm(N, critic="separate")
-    batch, before = measured(spec, params, algorithm), state_of(algorithm, params)["params"]
-    state, _ = update(spec, algorithm)(state_of(algorithm, params), batch, hparams(policy_coef=0.0), order(2, 1, B))
-    for a, b in zip(jax.tree.leaves(state["params"]["policy"]), jax.tree.leaves(before["policy"])):
-        np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(state["params"]["critic"]["head"]["kernel"], before["critic"]["head"]["kernel"])
+@pytest.mark.parametrize("critic", ["head", "separate"])
+def test_the_policy_stays_while_the_critic_warms_up(spec, params, critic):
+    algorithm = Algorithm(N, critic=critic)
+    batch, before = measured(spec, params, algorithm), state_of(algorithm, params)
+    settings = hparams(policy_coef=0.0, weight_decay=0.1)
+    state, metrics = update(spec, algorithm)(state_of(algorithm, params), batch, settings, order(2, 1, B))
+    for part in ("params", "opt_state"):
+        for a, b in zip(jax.tree.leaves(state[part]["policy"]), jax.tree.leaves(before[part]["policy"])):
+            np.testing.assert_array_equal(a, b)
+    kernels = [own["params"]["critic"]["head"]["kernel"] for own in (state, before)]
+    assert not np.array_equal(*kernels) and float(metrics["updates"]) == 2
 
 
 def test_an_adapter_shares_its_base_with_the_reference(spec, params):
