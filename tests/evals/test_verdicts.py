@@ -81,6 +81,20 @@ def test_branches(changes, name, reason):
     assert re.search(reason, found.reasons), found
 
 
+@pytest.mark.parametrize(
+    ("reward", "name", "reason"),
+    [
+        ((0.5, 0.2, 0.8), REMOVED, "no return test brings it back"),
+        ((0.5, -0.1, 1.1), UNTOLD, r"did not raise its held-out reward \(\+0.500\)"),
+        ((-0.5, -0.8, -0.2), UNTOLD, "did not raise its held-out reward"),
+    ],
+)
+def test_the_manipulation_check_of_reinforcement_learning(reward, name, reason):
+    rows = [*experiment(loss=None), row(METHOD, "heldout_reward_change", *reward)]
+    found = verdict(rows, "sft")
+    assert found.name == name and re.search(reason, found.reasons), found
+
+
 def test_a_sham_has_nothing_to_remove():
     rows = [{**r, "is_sham": True} for r in experiment()]
     assert verdict(rows, "sft").name == UNTOLD
