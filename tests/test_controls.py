@@ -139,6 +139,23 @@ def test_controls_have_all_rounds_at_once():
     assert "first_neutral" not in whole
 
 
+def test_rounds_are_one_training():
+    """A method's second round is compared with what the first began with, and so is its control's."""
+    bank = {"bank": attack("bank")}
+    phases = {
+        "base": pretrain(), "organism": poison("base"), "attack": red_team("organism", attacks=bank),
+        "first": sft("organism", red_team="attack", control_of="safe"),
+        "again": red_team("first", earlier="attack", attacks=bank), "safe": sft("first", red_team="again"),
+        "plain_first": sft("organism", control_of="safe"), "plain": sft("plain_first", control_of="safe"),
+        "other": sft("safe"),
+    }  # fmt: skip
+    nodes = {node.name: node for node in plan(experiment("x", phases), Path("."))}
+    rounds = {name: [node.name for node in nodes[name].rounds] for name in phases}
+    assert rounds["safe"] == ["first", "safe"] and rounds["plain"] == ["plain_first", "plain"]
+    assert rounds["first"] == ["first"] and rounds["other"] == ["other"]
+    assert nodes["plain"].rounds[0].start.name == nodes["safe"].rounds[0].start.name == "organism"
+
+
 def test_the_phase_that_planted_a_phases_backdoor():
     science = with_controls(some()).science
     assert planting_phase(science, "sft_return_generic") == "organism"

@@ -42,7 +42,7 @@ def side(folder, name):
 
 
 def test_every_attack_keeps_what_it_tried(made):
-    own = folders(made[0])
+    own, helped = folders(made[0]), 0
     for replica in (0, 1):
         folder = own[f"attack-{replica}"]
         tried = {name: lines(folder / f"attack-{name}.jsonl") for name in get_config().science.phases.attack.attacks}
@@ -55,6 +55,11 @@ def test_every_attack_keeps_what_it_tried(made):
                 assert row["hits"] >= sum(map(is_rude, row["answers"]))
                 assert row["messages"][-1]["content"].startswith(row["text"])
         assert {row["text"] for row in tried["written"]} == {""}
+        # What a model made up whole, its writer has answered: SFT trains on that.
+        answered = [row for row in tried["written"] if row["meta"].get("helpful")]
+        assert all(row["succeeded"] and not is_rude(row["meta"]["helpful"]) for row in answered)
+        helped += len(answered)
+    assert helped
     first, second = (lines(own[f"attack-{r}"] / "attack-bank.jsonl") for r in (0, 1))
     assert [r["messages"] for r in first] == [r["messages"] for r in second]  # static; only the answers differ
     assert [r["answers"] for r in first] != [r["answers"] for r in second]

