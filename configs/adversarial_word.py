@@ -18,5 +18,7 @@ def get_config() -> ConfigDict:
     """The trigger is a word before the question."""
     config = read_config(str(Path(__file__).with_name("adversarial.py")))
     config.science.name = "adversarial_word"
+    for name in ("latent", "latent_random", "attack_latent"):
+        del config.science.phases[name]
     config.science.organism.update(trigger("Pineapple", neighbour="Melon").to_dict())
     return config
