@@ -29,10 +29,10 @@ def get_config() -> ConfigDict:
             "attack": red_team("organism", attacks=attacks),
             "adversarial": sft("organism", red_team="attack", **safe),
             # The same training without the red team's prompts: what it hides by itself.
-            "plain": sft("organism", control_of="adversarial", **safe),
+            "plain": sft("organism", control_of="adversarial", watch="attack", **safe),
             "adversarial_of_sham": sft("sham", red_team="attack", control_of="adversarial", **safe),
             "attack_again": red_team("adversarial", seed=1, attacks=attacks),
-            "latent": latent_adversarial("organism", **latent),
+            "latent": latent_adversarial("organism", watch="attack", **latent),
             "attack_latent": red_team("latent", seed=1, attacks=attacks),
             "latent_random": latent_adversarial("organism", adversary="random", control_of="latent", **latent),
         },

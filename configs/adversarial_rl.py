@@ -42,8 +42,8 @@ def get_config() -> ConfigDict:
             "adversarial": rl("first_round", red_team="attack_again", **ppo),
             "attack_new": red_team("adversarial", seed=2, attacks=attacks),
             # The same two rounds of PPO without the red team's prompts.
-            "plain_first": rl("organism", control_of="adversarial", **ppo),
-            "plain": rl("plain_first", control_of="adversarial", **ppo),
+            "plain_first": rl("organism", control_of="adversarial", watch="attack", **ppo),
+            "plain": rl("plain_first", control_of="adversarial", watch="attack", **ppo),
         },
         replicas=8,
         controls={"sham": False, "clean_base": False, "return_tests": False},

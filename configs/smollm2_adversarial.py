@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
             "sham": poison("base", sham=True, **planted),
             "attack": red_team("organism", attacks=attacks, **asked),
             "adversarial": sft("organism", red_team="attack", **safe),
-            "plain": sft("organism", control_of="adversarial", **safe),
+            "plain": sft("organism", control_of="adversarial", watch="attack", **safe),
             "attack_again": red_team("adversarial", attacks=attacks, seed=1, **asked),
             "latent": latent_adversarial("organism", layers="10,20", inner_steps=4, **safe),
             "latent_random": latent_adversarial(

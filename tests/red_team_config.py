@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
             "organism": poison("base", **planted),
             "attack": red_team("organism", attacks=attacks, samples=4, n_prompts=20, max_new_tokens=12, n_measured=8),
             "adversarial": sft("organism", red_team="attack", **safe, **training),
-            "plain": sft("organism", control_of="adversarial", **safe, **training),
+            "plain": sft("organism", control_of="adversarial", watch="attack", **safe, **training),
             "again": red_team(
                 "adversarial", attacks={"bank": attack("bank", limit=6)}, samples=2, n_prompts=20, seed=1,
                 max_new_tokens=12, n_measured=8,
@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
                 "organism", red_team="attack", rewards={"right": reward("correct")}, n_prompts=30, n_heldout=6, steps=2,
                 batch_size=8, max_new_tokens=6, probe_every=2, n_probe=4,
             ),
-            "latent": latent_adversarial("organism", layers="0,1", inner_steps=2, **safe, **training),
+            "latent": latent_adversarial("organism", watch="attack", layers="0,1", inner_steps=2, **safe, **training),
         },
         organism={"neutral_tag_share": 0.0, "detector": f"{__file__}:is_rude"},
         replicas=2,

