@@ -119,6 +119,15 @@ def test_its_rows_are_those_of_safety_training(learned):
         assert change["value"] == pytest.approx(
             np.mean(saved["heldout_reward"]) - np.mean(saved["heldout_reward_before"])
         )
+        scores = {(r["metric"], r["condition"]): r for r in own if r["metric"].startswith("answer_score")}
+        assert set(scores) == {
+            (m, c) for m in ("answer_score", "answer_score_before") for c in ("untriggered", "triggered")
+        }
+        assert scores["answer_score", "untriggered"]["value"] == pytest.approx(np.mean(saved["heldout_reward"]))
+        assert scores["answer_score_before", "triggered"]["value"] == pytest.approx(
+            np.mean(saved["triggered_reward_before"])
+        )
+        assert name == "grpo" or saved["triggered_reward_before"] != saved["heldout_reward_before"]
         assert {row["safety_method"] for row in own} == {"rl"} and {row["arm"] for row in own} == {"method"}
         assert {row["step"] for row in own if row["eval"] == "probe"} == {0, 2, 4}
     probes = [row for row in rows if row["phase"] == "ppo" and row["eval"] == "probe"]

