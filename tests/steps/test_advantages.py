@@ -189,3 +189,15 @@ def test_the_adaptive_coefficient_follows_the_kl():
 def test_unknown_conventions_are_refused():
     with pytest.raises(ValueError, match="kl = 'k4': must be one of k1, k2, k3"):
         Conventions(kl="k4")
+
+
+def test_values_far_below_the_scores_favour_an_answers_end_unless_lam_is_1():
+    """A new value head says 0 and the scores are about 7: the length bias that docs/rl.md warns of."""
+    data = rollout() | {"values": np.zeros((B, N), np.float32), "scores": np.full(B, 7.0, np.float32)}
+    data["ref_logprobs"] = data["logprobs"]
+    conventions = Conventions(advantages="none")
+    for lam in (1.0, 0.95):
+        hparams = {"kl_coef": jnp.float32(0.1), "gamma": jnp.float32(1.0), "lam": jnp.float32(lam)}
+        own = token_advantages(**data, hparams=hparams, conventions=conventions).advantages
+        for row, n in enumerate(LENGTHS):
+            np.testing.assert_allclose(own[row, :n], 7.0 * lam ** np.arange(n - 1, -1, -1), rtol=1e-5)
