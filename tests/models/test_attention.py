@@ -105,10 +105,10 @@ def test_what_is_given_to_cudnn_is_the_same_problem():
         attend_rows(q, k, v, segments, softcap=1.0, implementation="cudnn")
 
 
-@pytest.mark.parametrize(("heads", "kv"), [(4, 1), (4, 2), (6, 3)])
-def test_each_device_has_its_rows_and_heads(heads, kv):
-    """Also where the mesh divides query heads and not key heads."""
-    q, k, v, segments = drawn(130, rows=4, heads=heads, kv=kv)
+@pytest.mark.parametrize(("rows", "heads", "kv"), [(4, 4, 1), (4, 4, 2), (8, 6, 3), (3, 4, 2)])
+def test_each_device_has_its_rows_and_heads(rows, heads, kv):
+    """Also where the mesh divides query heads and not key heads, or not the rows."""
+    q, k, v, segments = drawn(130, rows=rows, heads=heads, kv=kv)
     expected = with_gradients(attend_rows, q, k, v, segments)
     kernel = functools.partial(attend_rows, implementation="splash")
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
