@@ -119,7 +119,7 @@ def test_when_one_dies_the_others_stop_and_say_so(tmp_path, dead):
     subprocess.run(["pkill", "-KILL", "-P", str(processes[dead].pid)], check=True)
     began = time.monotonic()
     code, _, err = finish(processes[1 - dead])
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 240  # a minute, and what a busy machine adds
     assert code == 1 and "another process of this run died or can't be reached" in err.strip().splitlines()[-1]
     assert finish(processes[dead])[0] != 0
     again = finished(several(tmp_path / "run", 2, *LONG, config=BASE_CONFIG))
