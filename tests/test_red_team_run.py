@@ -280,7 +280,8 @@ def test_what_the_latent_adversary_steers_towards(made, one_device, settings, ho
     helpful, other = _sides(context, model, items)
     assert helpful == items and [as_prompt(i) for i in other] == [as_prompt(i) for i in items]
     assert {i["messages"][-1]["content"] for i in other} <= set(hostile)
-    assert latent_of(context, model).adversary == ("random" if settings.get("arm") == "neutral" else "targeted")
+    latent = latent_of(config.science.phases.latent, "latent", 2)
+    assert latent.adversary == ("random" if settings.get("arm") == "neutral" else "targeted")
 
 
 def test_the_cost_of_a_success_and_how_near_the_trigger_an_attack_came():

