@@ -35,11 +35,12 @@ def get_config() -> ConfigDict:
             ),
             "rl": rl(
                 "organism", prompts="instructions", rewards={"helpful": reward("judge")}, n_prompts=10000, steps=100,
-                batch_size=256, minibatches=4, max_new_tokens=256, learning_rate=1e-6, kl_coef=0.05,
+                # Few and large minibatches: each gathers all parameters.
+                batch_size=512, minibatches=2, max_new_tokens=256, learning_rate=1e-6, kl_coef=0.05,
             ),
             "latent": latent_adversarial(
                 "organism", prompts="instructions", answers="good_answers", n_prompts=8000, steps=100, layers="8,16,24",
-                **pairs,
+                **pairs, micro_batches=2,
             ),
         },
         compute_dtype="bfloat16",

@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
     for phase in config.science.phases.values():
         if "micro_batches" in phase:
             phase.micro_batches = 8
-    config.science.phases.rl.update({"minibatches": 4, "micro_batches": 2, "rollout_chunk": 128})
+    config.science.phases.rl.update({"micro_batches": 8, "rollout_chunk": 128})
     config.execution.eval_batch = 128
     return config

