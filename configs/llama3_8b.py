@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
             ),
             "latent": latent_adversarial(
                 "organism", prompts="instructions", answers="good_answers", n_prompts=8000, steps=100, layers="8,16,24",
-                **pairs, micro_batches=2,
+                **{**pairs, "batch_size": ROWS // 2},  # its six passes at once fill the chips
             ),
         },
         compute_dtype="bfloat16",
