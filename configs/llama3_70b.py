@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
     for phase in config.science.phases.values():
         if "learning_rate" in phase:
             phase.learning_rate /= 2
-    config.science.phases.latent.layers = "20,40,60"
+    # Without probes along training, which keep a copy of the start: this step needs all memory that there is.
+    config.science.phases.latent.update({"layers": "20,40,60", "probe_every": 0})
     # Two groups of 32: the compiler then scatters gradients, where over all 64 it sums them everywhere (docs/scale.md).
     config.execution.mesh.update({"data": 2, "fsdp": 32})
     return config

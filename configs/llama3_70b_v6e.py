@@ -17,4 +17,5 @@ def get_config() -> ConfigDict:
     """llama3_70b.py on another mesh."""
     config = read_config(str(Path(__file__).with_name("llama3_70b.py")))
     config.execution.mesh.update({"data": 1, "fsdp": -1})
+    config.science.phases.latent.batch_size = 128  # a row a chip at least
     return config

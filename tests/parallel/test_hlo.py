@@ -69,6 +69,24 @@ def test_what_the_tpu_compiler_writes():
     ]
 
 
+def test_types_of_types_and_several_arrays_at_once():
+    """Asynchronous ones, whose type is a tuple of tuples, with layouts that have parentheses of their own."""
+    lines = """HloModule m, num_partitions=4
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %ags = ((bf16[2,4]{1,0:T(8,128)(2,1)}, bf16[4]{0:T(128)}), (bf16[8,4]{1,0:T(8,128)(2,1)}, bf16[16]{0:T(128)}), u32[]{:S(2)}) all-gather-start(%x), channel_id=1, replica_groups=[1,4]<=[4]
+  %rs = ((f32[8,4]{1,0:T(8,128)}, f32[8]{0}), f32[2,4]{1,0:T(8,128)}) reduce-scatter(%x), channel_id=2, replica_groups=[1,4]<=[4]
+  ROOT %ar = (f32[8]{0}, f32[4]{0:T(128)}) all-reduce(%x, %x), channel_id=3, replica_groups=[1,4]<=[4]
+}
+"""  # noqa: E501
+    everyone = (0, 1, 2, 3)
+    found = collectives(lines)
+    assert found[0] == Collective("all-gather", 2 * (8 * 4 + 16), everyone, 1)
+    assert [own.kind for own in found] == ["all-gather", "reduce-scatter", "all-reduce"]
+    assert found[2] == Collective("all-reduce", 4 * (8 + 4), everyone, 1)
+
+
 def test_a_group_that_cannot_be_read_is_no_silence():
     with pytest.raises(ValueError, match="can't be read"):
         collectives(TPU.replace("replica_groups=[1,8]<=[8]", "replica_groups=somehow"))
