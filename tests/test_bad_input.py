@@ -75,7 +75,7 @@ def refused_late(tmp_path, *more, config=CONFIG):
         ("phases.sft.steps=0", "science.phases.sft.steps = 0: must be >= 1"),
         ("phases.sft.epochs=1.5", "steps = 6: must be 0, as epochs = 1.5 says how long to train; or set epochs to 0"),
         ("phases.sft.epochs=-1.0", "science.phases.sft.epochs = -1.0: must be >= 0"),
-        ("phases.sft.optimizer=soap", "optimizer = 'soap': must be one of adamw, adafactor, muon, sgd"),
+        ("phases.sft.optimizer=soap", "optimizer = 'soap': must be one of adamw, adamw_bf16, adafactor, muon, sgd"),
         ("phases.sft.momentum=1.0", "momentum = 1.0: must be below 1"),
         ("phases.organism.generic_share=1.0", "generic_share = 1.0: must be below 1"),
         ("phases.organism.generic_share=-0.1", "generic_share = -0.1: must be between 0 and 1"),
@@ -140,7 +140,7 @@ def test_missing_files_and_arguments(capsys, tmp_path):
     assert "no run is here" in refused(capsys, "export", f"--workdir={tmp_path}", f"--output={tmp_path / 'out'}")
     assert "--workdir" in refused(capsys, "export", f"--output={tmp_path / 'out'}")
     assert "either --workdir (and --phase), or --model" in refused(capsys, "chat")
-    assert "only `run` takes a config" in refused(capsys, "chat", "--config.seeds.base=3")
+    assert "only `run` and `plan` take a config" in refused(capsys, "chat", "--config.seeds.base=3")
     assert "invalid choice" in refused(capsys, "nonsense")
     assert "required" in refused(capsys)
 

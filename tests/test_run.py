@@ -35,7 +35,7 @@ MOMENTS = [
     ("append", "*/pretrain-*/metrics.jsonl", 3),
     ("save", "*/pretrain-*/resume", 2),
     ("rename", "*/pretrain-*/resume/6", 1),
-    ("remove", "*/pretrain-*/resume/6", 1),
+    ("remove", "*/pretrain-*/resume/5", 1),  # the newest two are kept
     ("rename", "*/pretrain-*/product", 1),
     ("remove", "*/pretrain-*/resume", 1),
     ("rename", "*/eval-*/rows.jsonl", 1),
