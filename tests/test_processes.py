@@ -101,12 +101,14 @@ def test_the_first_process_alone_speaks_and_writes(together):
     assert not [path for path in together[0].rglob("*.tmp")]
 
 
-def wait_for(workdir, name, count, processes):
-    """Returns once a phase has written so many steps."""
+def wait_for(workdir, name, count, processes, checkpoint=False):
+    """Returns once a phase has written so many steps, and a checkpoint if that is wanted."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError, KeyError, ValueError):
-            if len((folders(workdir)[name] / "metrics.jsonl").read_text().splitlines()) >= count:
+            folder = folders(workdir)[name]
+            is_saved = not checkpoint or any(path.name.isdigit() for path in (folder / "resume").iterdir())
+            if is_saved and len((folder / "metrics.jsonl").read_text().splitlines()) >= count:
                 return
         assert all(p.poll() is None for p in processes), [finish(p)[2][-2000:] for p in processes if p.poll()]
         time.sleep(0.05)
@@ -128,7 +130,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("dead", [0, 1])
 def test_when_one_dies_the_others_stop_and_say_so(tmp_path, dead):
     processes = several(tmp_path / "run", 2, *LONG, config=BASE_CONFIG)
-    wait_for(tmp_path / "run", "base", 30, processes)
+    wait_for(tmp_path / "run", "base", 30, processes, checkpoint=True)
     # What is killed is the process that computes, a child of the one that was started.
     subprocess.run(["pkill", "-KILL", "-P", str(processes[dead].pid)], check=True)
     began = time.monotonic()
