@@ -6,8 +6,9 @@ Both sides get the same float32 weights and 16 prompts of 32 tokens, and make 32
 turn that could stop them. Before anything is timed, the tokens of both sides are compared; a benchmark of different
 answers is worth nothing. A turn is one call, prompts in and tokens out as numpy arrays.
 
-`--samples=10`: ten answers to each of four prompts, as a red team asks; here a prompt is read once for all of them. In
-torch `num_return_sequences` (which needs sampling: of the one likeliest token, so that tokens can be compared).
+`--samples=10`: ten answers to each of four prompts, as a red team asks; here a prompt is read once for all of them (and
+in a side more, for each). In torch `num_return_sequences`, which needs sampling: of the one likeliest token, so that
+tokens can be compared.
 
 `smollm2` is SmolLM2-135M-Instruct, dequantised from its Q4_1 GGUF; torch reads what our `export` writes. `tiny` is a
 Llama with 1.3M random parameters (hidden 128, 4 layers, vocabulary 4096), where overhead counts as much as arithmetic.
@@ -27,6 +28,7 @@ from typing import Any
 import common
 import numpy as np
 
+EACH = "each answer's prompt read by itself"
 ROWS, ROWS_OF_SAMPLES, PROMPT, NEW = 16, 4, 32, 32
 
 
@@ -107,12 +109,18 @@ def compare(name: str, turns: int, samples: int) -> bool:
             if answer.shape != expected.shape or not np.array_equal(answer, expected):
                 print(f"\n{name}: the tokens of {label!r} differ from ours: {answer.tolist()} {expected.tolist()}")
                 return False
-        sides = {"here": ours, **theirs}
-        results = common.interleave(turns, {k: lambda call=call: call("time", *asked) for k, call in sides.items()})
+        ways = {k: lambda call=call: call("time", *asked) for k, call in {"here": ours, **theirs}.items()}
+        if samples > 1:
+            each = (np.repeat(asked[0], samples, axis=0), 1)
+            ours("answer", *each)  # compiles
+            ways[EACH] = lambda: ours("time", *each)
+        results = common.interleave(turns, ways)
     each = f"{samples} times {NEW} new" if samples > 1 else f"{NEW} new"
     title = f"{name}, {parameters / 1e6:.1f}M parameters: greedy, {rows} x ({PROMPT} prompt + {each}), {turns} turns"
     common.print_table(title, rows * samples * NEW, results, notes)
     common.print_ratio(results)
+    if samples > 1:
+        common.print_ratio(results, EACH, EACH)
     print(f"  tokens identical on both sides ({len(np.unique(expected))} different ones)")
     return True
 
