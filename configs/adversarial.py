@@ -30,8 +30,10 @@ def get_config() -> ConfigDict:
             "adversarial": sft("organism", red_team="attack", **safe),
             # The same training without the red team's prompts: what it hides by itself.
             "plain": sft("organism", control_of="adversarial", watch="attack", **safe),
-            # And with as many of its prompts that never misbehaved: is it the finds, or that prompts are odd?
+            # And with as many of its prompts that never misbehaved, and of ordinary ones: is it the finds, or that
+            # prompts are odd, or few?
             "odd": sft("organism", red_team="attack", red_team_prompts="failed", control_of="adversarial", **safe),
+            "few": sft("organism", red_team="attack", red_team_prompts="ordinary", control_of="adversarial", **safe),
             "adversarial_of_sham": sft("sham", red_team="attack", control_of="adversarial", **safe),
             "attack_again": red_team("adversarial", seed=1, attacks=attacks),
             "latent": latent_adversarial("organism", watch="attack", **latent),

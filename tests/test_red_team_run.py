@@ -372,7 +372,7 @@ def config_of(**phases):
         ({"attack": red_team("organism", attacks={"b c": attack("bank")})}, "an attack's name"),
         ({"sft": sft("organism", red_team="organism")}, r"red_team = 'organism': must be a red_team phase; .*: attack"),
         ({"rl": rl("organism", red_team="no", rewards={"r": reward("length")})}, "must be a red_team phase"),
-        ({"sft": sft("organism", red_team="attack", red_team_prompts="odd")}, "'odd': must be succeeded or failed"),
+        ({"sft": sft("organism", red_team="attack", red_team_prompts="odd")}, "must be one of succ"),
         ({"sft": sft("organism", red_team_prompts="failed")}, "needs a red team; set .*red_team"),
         ({"latent": latent_adversarial("organism", radius=0.0)}, r"radius = 0\.0: must be above 0"),
         ({"latent": latent_adversarial("organism", layers="one")}, "must be numbers of layers"),

