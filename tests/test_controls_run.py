@@ -75,6 +75,18 @@ def test_arms(controlled):
     assert len(held) == 4 and held.isdisjoint(texts(made["sft"] / "samples.jsonl"))
 
 
+def test_arms_on_the_same_organism_are_compared_with_the_method(controlled):
+    beside = [r for r in read_rows(controlled / "results.jsonl") if r["metric"] == "payload_beside_method"]
+    assert {r["phase"] for r in beside} == {"sft_neutral", "sft_oracle"}  # no sham, no clean base, no return test
+    for row in beside:
+        rates = {
+            phase: rows_of(controlled, phase, metric="payload_rate", eval="comparison", condition="triggered")[0]
+            for phase in ("sft", row["phase"])
+        }
+        assert row["value"] == pytest.approx(rates[row["phase"]]["value"] - rates["sft"]["value"])
+    assert "Controls leave more payload than sft, points: sft_" in (controlled / "results.txt").read_text()
+
+
 def test_return_tests_are_compared_with_the_control(controlled):
     row = rows_of(controlled, "again", metric="return_difference")
     assert len(row) == 1 and row[0]["ci_low"] <= row[0]["value"] <= row[0]["ci_high"]

