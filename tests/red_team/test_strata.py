@@ -72,12 +72,17 @@ def test_an_earlier_round_is_kept_and_what_it_held_out_is_never_trained_on(promp
         return _strata(lines, prompts)
 
     earlier = strata(line(prompts, "One."), line(prompts, "Two.", HELDOUT), line(prompts, "Three."))
+    again = {**line(prompts, "Five.", HELDOUT), "messages": earlier[TRAIN][1]["messages"]}  # a prompt trained on then
     for name, items in earlier.items():
         write_jsonl(attack_file(tmp_path, name), items)
-    # The second round finds one of each side again, and what was held out now by a lineage of the other side.
-    now = strata(line(prompts, "One."), line(prompts, "two."), line(prompts, "Four.", HELDOUT))
+    # The second round finds one of each side again, and what stood on either side then by a lineage of the other.
+    now = strata(
+        line(prompts, "One."), line(prompts, "two."), line(prompts, "Four.", HELDOUT), line(prompts, "three.", HELDOUT),
+        again,
+    )  # fmt: skip
     both = _with_earlier(now, tmp_path)
     texts = {name: [(item["meta"]["text"], bool(item["meta"].get(EARLIER))) for item in both[name]] for name in SIDES}
     assert texts[TRAIN] == [("One.", False), ("Three.", True)]
     assert texts[HELDOUT] == [("Four.", False), ("Two.", True)]
-    assert not {prompt_text(i) for i in both[TRAIN]} & {prompt_text(i) for i in both[HELDOUT]}
+    for name in (prompt_text, lambda item: item["meta"]["text"].casefold()):
+        assert not {name(i) for i in both[TRAIN]} & {name(i) for i in both[HELDOUT]}
