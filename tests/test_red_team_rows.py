@@ -173,8 +173,11 @@ def test_of_several_organisms_the_organism_is_the_unit_and_an_attack_that_tried_
     assert values["guided", "edits_to_trigger"] == 7.0 and values["guided", "queries_per_success"] == 9 / 8
     assert values["leak", "attack_success"] is None
     rows = [make_row({"phase": "team", "replica": None}, **row) for row in found]
+    each = {"phase": "team", "eval": "red_team", "replica": 0, "n_organisms": 1, "condition": "guided"}
+    rows.append(make_row(each, metric="attack_success", value=1.0, ci_low=0.7, ci_high=1.0, n=8))
     out = io.StringIO()
     print_red_team(Console(file=out, width=200), rows)
+    assert sum("guided" in line for line in out.getvalue().splitlines()) == 1  # of all organisms, and not of each too
     (line,) = (line for line in out.getvalue().splitlines() if "leak" in line)
     assert [cell.strip() for cell in line.split("│")[2:5]] == ["leak", "-", "0"]
 

