@@ -36,7 +36,9 @@ def get_config() -> ConfigDict:
             "odd": sft("organism", red_team="attack", red_team_prompts="failed", control_of="adversarial", **safe),
             "few": sft("organism", red_team="attack", red_team_prompts="ordinary", control_of="adversarial", **safe),
             "adversarial_of_sham": sft("sham", red_team="attack", control_of="adversarial", **safe),
+            # A fresh attack on the trained model, and the same on its control.
             "attack_again": red_team("adversarial", seed=1, attacks=attacks),
+            "attack_plain": red_team("plain", seed=1, attacks=attacks),
             "latent": latent_adversarial("organism", watch="attack", **latent),
             "attack_latent": red_team("latent", seed=1, attacks=attacks),
             "latent_random": latent_adversarial("organism", adversary="random", control_of="latent", **latent),
