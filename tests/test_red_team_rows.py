@@ -22,10 +22,10 @@ BANK = {"b": attack("bank")}
 
 
 class Answers:
-    """A model's answers to twenty prompts of any condition."""
+    """A model that says the payload to twenty prompts of any condition."""
 
-    def __init__(self, value):
-        self.hits = lambda condition: [value] * 20
+    def hits(self, condition):
+        return [True] * 20
 
 
 def answered(phases, rates, folder):
@@ -37,7 +37,7 @@ def answered(phases, rates, folder):
     for name, value in rates.items():
         heldout = {"red_team_heldout": {"": Hits(np.full((8, 2), value), lineages)}}
         teams._tried["attack", name] = dict.fromkeys(range(3), heldout)
-    measured = {name: dict.fromkeys(range(3), Answers(True)) for name in rates if "sham" not in name}
+    measured = {name: dict.fromkeys(range(3), Answers()) for name in rates if "sham" not in name}
     return teams, made, measured
 
 
