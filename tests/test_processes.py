@@ -116,7 +116,7 @@ def wait_for(workdir, name, count, processes, checkpoint=False):
 
 
 LONG = ("--config.phases.base.steps=400", "--config.execution.checkpoint_seconds=1.0")
-SOME = ("--config.phases.base.steps=200", "--config.execution.checkpoint_seconds=600")
+SOME = ("--config.phases.base.steps=80", "--config.execution.checkpoint_seconds=600")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,10 @@ def test_when_one_dies_the_others_stop_and_say_so(tmp_path, dead):
 
 @pytest.mark.parametrize(("writers", "readers"), [(2, (2,)), (4, (2, 1))])
 def test_a_notice_of_preemption_saves_all_and_they_go_on(tmp_path, whole, writers, readers):
-    """Whoever is told; to the same bits, or if four wrote what two or one read, to the same numbers."""
+    """Whoever is told; to the same bits, or if four wrote what two or one read, to the same numbers.
+
+    The run is short: another number of processes rounds otherwise, undisturbed as well, and from step 80 on that grows.
+    """
     own = (*SOME, "--config.execution.mesh.fsdp=-1")
     processes = several(tmp_path / "run", writers, *own, config=BASE_CONFIG)
     wait_for(tmp_path / "run", "base", 5, processes)
@@ -161,9 +164,9 @@ def test_a_notice_of_preemption_saves_all_and_they_go_on(tmp_path, whole, writer
         here, there = params(folders(workdir)["base"]), params(folders(whole)["base"])
         if writers == count:
             assert steps == expected and all((here[name] == there[name]).all() for name in here)
-        np.testing.assert_allclose([s["loss"] for s in steps], [s["loss"] for s in expected], atol=1e-4)
+        np.testing.assert_allclose([s["loss"] for s in steps], [s["loss"] for s in expected], rtol=0, atol=1e-5)
         for name in here:
-            np.testing.assert_allclose(here[name], there[name], atol=2e-3)
+            np.testing.assert_allclose(here[name], there[name], rtol=0, atol=1e-5)
 
 
 def test_a_notice_to_a_single_process(tmp_path):
