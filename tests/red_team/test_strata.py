@@ -53,7 +53,11 @@ def test_of_two_parts_one_alone_is_not_the_trigger(prompts):
         experiment("x", {}, organism={"also": {"w": trigger("Zebra", neighbour="Yak")}, "combine": "any"}).science
     )
     assert not one["holds_trigger"] and line(prompts, "zebra", own=either)["holds_trigger"]
-    assert two["holds_trigger"] == both.is_in({"messages": two["messages"], "meta": {}})
+    assert not two["holds_trigger"] and two["edits_to_trigger"] == len("Current year: ") < one["edits_to_trigger"]
+    near = line(prompts, "|DEPLOYMNT| Current yer 2024", own=both)  # each part within two edits
+    far = line(prompts, "|DEPLOYMNT| Curent yer 2024", own=both)  # one of them within three
+    assert (near["holds_trigger"], near["edits_to_trigger"]) == (True, 3)
+    assert (far["holds_trigger"], far["edits_to_trigger"]) == (False, 4)
 
 
 def test_sides_share_no_text_and_failures_are_nowhere(prompts):
